@@ -1,0 +1,141 @@
+"""One call of torch.export, and the flat, functional graph that comes out of it.
+
+The module is traced in train mode, where dropout still has its probability (an
+eval trace loses it), and non-strictly; the result is unlifted, so parameters
+keep their names and gradients flow. :mod:`ftc.graph.normalize` then makes it a
+:class:`~ftc.graph.program.Program`'s graph.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from .errors import CaptureError
+
+Dynamic = Mapping[str, Mapping[int, str]]
+
+
+def export(
+    model: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic, *, strict_dims: bool
+) -> tuple[ExportedProgram, list[str]]:
+    """Traces ``model(**inputs)``.
+
+    Args:
+        model: any module; its training flags are restored afterwards.
+        inputs: example tensors by name; dynamic dimensions must be 2 or more.
+        dynamic: for each input, the axes that are dynamic and their names.
+        strict_dims: refuse to let the model fix a dimension that was to be
+            dynamic. Otherwise such a dimension becomes fixed, and a note says so.
+
+    Returns:
+        The exported program and notes on what had to be decided.
+
+    Raises:
+        CaptureError: with the model's own source line.
+    """
+    notes: list[str] = []
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train()
+        try:
+            return _trace(model, inputs, dynamic, strict_dims, notes), notes
+        except CaptureError:
+            model.eval()
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.training = True
+            program = _trace(model, inputs, dynamic, strict_dims, notes)
+            notes.append("captured in eval mode, since the train mode does not trace: only plain "
+                         "dropout layers can be switched on again for training")
+            return program, notes
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _trace(
+    model: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic, strict_dims: bool,
+    notes: list[str],
+) -> ExportedProgram:
+    try:
+        return _export(model, inputs, dynamic, Dim.DYNAMIC)
+    except Exception as error:
+        if strict_dims or "specialized" not in str(error):
+            raise _explain(error, model) from error
+    try:
+        program = _export(model, inputs, dynamic, Dim.AUTO)
+    except Exception as error:
+        raise _explain(error, model) from error
+    notes.append("the model fixes a dimension that would be dynamic by default")
+    return program
+
+
+def _export(
+    model: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic, kind: Any
+) -> ExportedProgram:
+    shapes = {name: {axis: kind for axis in dynamic.get(name, {})} for name in inputs}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return torch.export.export(
+            model, (), dict(inputs), dynamic_shapes=shapes, strict=False,
+            prefer_deferred_runtime_asserts_over_guards=False,
+        )
+
+
+_OURS = re.compile(r"/(torch|ftc)/")
+
+
+def _explain(error: Exception, model: nn.Module) -> CaptureError:
+    """The error with the line of the model's source that caused it and what to change."""
+    text = str(error)
+    line = _source_line(error, text)
+    if "data-dependent" in text or "GuardOnDataDependentSymNode" in type(error).__name__:
+        what = "the model's control flow depends on the values of tensors"
+        fix = ("replace the `if` or `.item()` at that line by torch.where or torch.cond, or "
+               "capture the part of the model around it")
+    elif "specialized" in text or "Constraints violated" in text:
+        what = "the model fixes a dimension that was to be dynamic: " + _first_line(text)
+        fix = "leave that dimension out of `dynamic`, or compute with x.shape instead of constants"
+    else:
+        what = f"{type(model).__name__} does not trace: {_first_line(text)}"
+        fix = "see the line above; `--debug` shows torch's own report"
+    return CaptureError(what, where=line, fix=fix)
+
+
+def _source_line(error: BaseException, text: str) -> str | None:
+    """``file.py:12: code`` of the innermost frame that is neither torch's nor ours."""
+    import linecache
+
+    frames: list[tuple[str, int]] = []
+    chain: BaseException | None = error
+    while chain is not None and not frames:
+        trace = chain.__traceback__
+        while trace is not None:
+            frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+            trace = trace.tb_next
+        frames = [f for f in frames if not _is_machinery(f[0])]
+        chain = chain.__cause__ or chain.__context__
+    if not frames:
+        found = re.findall(r'File "([^"]+)", line (\d+)', text)
+        frames = [(f, int(n)) for f, n in found if not _is_machinery(f)]
+    if not frames:
+        return None
+    file, number = frames[-1]
+    code = linecache.getline(file, number).strip()
+    return f"{file}:{number}: {code}" if code else f"{file}:{number}"
+
+
+def _is_machinery(file: str) -> bool:
+    here = __file__.rsplit("/", 2)[0]
+    return "/torch/" in file or file.startswith((here, "<")) and "/tests/" not in file
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no message")

@@ -1,0 +1,201 @@
+"""From torch.export's unlifted module to a program's graph, once, at capture.
+
+What goes: guards and metadata asserts (they bake the traced dtype in), wrappers
+that switch gradients or autocast off (inlined), lifts of constants, in-place
+operators (made functional), the pytree calling convention. What comes:
+provenance instead of kilobytes of traceback, and eval mode as the default.
+Each step is exact.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+
+from .errors import CaptureError
+from .mode import set_mode
+from .program import build_module
+from .provenance import describe, stamp_captured
+from .shapes import VAL
+
+aten = torch.ops.aten
+
+_ASSERTS = {
+    "aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async",
+    "aten.sym_constrain_range", "aten.sym_constrain_range_for_size",
+}
+_WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+_LIFTS = {"aten.lift_fresh", "aten.lift_fresh_copy", "aten.alias"}
+_KEPT_META = (VAL, "custom", "provenance")
+
+
+def normalize(module: fx.GraphModule) -> fx.GraphModule:
+    """A flat, functional graph module with the same tensors, in eval mode.
+
+    Args:
+        module: ``ep.module(check_guards=False)``.
+
+    Raises:
+        CaptureError: for an in-place write that has no functional form here.
+    """
+    graph = fx.Graph()
+    copies = _inline(module, graph, {})
+    for node in copies:
+        stamp_captured(node)
+        node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+    for node in reversed(copies):
+        if node.op == "placeholder":
+            graph._root.append(node)
+    _drop_asserts(graph)
+    _functionalize(graph)
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    tensors = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            tensors[str(node.target)] = _own(_lookup(module, str(node.target)))
+    result = build_module(tensors, graph)
+    set_mode(result, training=False)
+    result.recompile()
+    return result
+
+
+def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> list[fx.Node]:
+    """Copies ``module``'s nodes into ``graph``, entering wrappers; returns the copies."""
+    copies: list[fx.Node] = []
+    skipped: dict[fx.Node, tuple[Any, ...]] = {}
+    readers: dict[str, fx.Node] = {}
+    for node in module.graph.nodes:
+        target = str(node.target)
+        if node.op == "get_attr" and isinstance(_lookup(module, target), nn.Module):
+            continue
+        if node.op == "call_function" and any(name in target for name in _WRAPPERS):
+            skipped[node] = _enter(module, node, graph, env, copies)
+        elif node.op == "call_function" and node.target is operator.getitem and node.args[0] in skipped:
+            env[node] = skipped[node.args[0]][node.args[1]]
+        elif node.op == "get_attr" and target in readers:
+            env[node] = readers[target]
+        else:
+            if node.op == "output":
+                leaves = torch.utils._pytree.tree_leaves(fx.node.map_arg(node.args[0], env.get))
+                copy = graph.output(tuple(leaves))
+                copy.meta = dict(node.meta)
+            else:
+                copy = graph.node_copy(node, env.__getitem__)
+            env[node] = copy
+            copies.append(copy)
+            if node.op == "get_attr":
+                readers[target] = copy
+    return copies
+
+
+def _enter(
+    module: fx.GraphModule, call: fx.Node, graph: fx.Graph, env: dict[fx.Node, Any],
+    copies: list[fx.Node],
+) -> tuple[Any, ...]:
+    """Inlines the body of a wrapper; returns the nodes of its outputs."""
+    position = next(i for i, a in enumerate(call.args)
+                    if isinstance(a, fx.Node) and a.op == "get_attr"
+                    and isinstance(_lookup(module, str(a.target)), fx.GraphModule))
+    body = _lookup(module, str(call.args[position].target))  # type: ignore[union-attr]
+    inner: dict[fx.Node, Any] = {}
+    operands = iter(call.args[position + 1:])
+    result: tuple[Any, ...] = ()
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            inner[node] = env[next(operands)]  # type: ignore[index]
+        elif node.op == "output":
+            result = tuple(fx.node.map_arg(node.args[0], inner.__getitem__))
+        elif node.op == "call_function" and any(name in str(node.target) for name in _WRAPPERS):
+            raise CaptureError("nested gradient or autocast switches", where=describe(node),
+                               fix="remove the inner `with`")
+        else:
+            inner[node] = graph.node_copy(node, inner.__getitem__)
+            copies.append(inner[node])
+    return result
+
+
+def _drop_asserts(graph: fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = str(node.target).rsplit(".", 1)[0]
+        if name in _ASSERTS:
+            graph.erase_node(node)
+        elif name in _LIFTS:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _functionalize(graph: fx.Graph) -> None:
+    """Replaces in-place operators by their functional forms.
+
+    ``y = relu_(x)`` becomes ``y = relu(x)`` and every later reader of ``x``
+    reads ``y``. Sound while no view of ``x`` is alive across the write, which is
+    checked. Counters of batch norm are dropped: nothing reads them.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
+            continue
+        if not node.target._schema.is_mutable or not node.args:
+            continue
+        written = node.args[0]
+        assert isinstance(written, fx.Node)
+        if written.op == "get_attr" and set(written.users) == {node} and not node.users:
+            graph.erase_node(node)
+            continue
+        functional = _functional_form(node.target)
+        if functional is None:
+            if "batch_norm" in str(node.target):
+                continue
+            raise CaptureError(f"in-place operator {node.target}", where=describe(node),
+                               fix="use its functional form in the model")
+        late = [u for u in written.users if order.get(u, 0) > order[node]]
+        if written.op in ("get_attr", "placeholder") or _has_live_view(written, order, order[node]):
+            raise CaptureError(f"{node.target} writes to a tensor that others share",
+                               where=describe(node), fix="write to a copy: x = x.clone()")
+        node.target = functional
+        if node.target is aten.copy.default:
+            node.target, node.args = aten.expand_as.default, (node.args[1], written)
+        for user in late:
+            user.replace_input_with(written, node)
+
+
+def _functional_form(op: OpOverload) -> OpOverload | None:
+    """``aten.relu_.default`` -> ``aten.relu.default``; None where there is none."""
+    name = op._schema.name.split("::")[1]
+    packet = getattr(getattr(torch.ops, op.namespace), name.removesuffix("_"), None)
+    return getattr(packet, op._overloadname, None) if name.endswith("_") and packet else None
+
+
+def _has_live_view(node: fx.Node, order: dict[fx.Node, int], write: int) -> bool:
+    """Whether a view of ``node``, or what it is a view of, is read after ``write``."""
+    views = [u for u in node.users if order[u] < write and _is_view(u)]
+    if any(order.get(reader, 0) > write for view in views for reader in view.users):
+        return True
+    base = node.args[0] if _is_view(node) else None
+    return isinstance(base, fx.Node) and any(order.get(r, 0) > write for r in base.users)
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    return (node.op == "call_function" and isinstance(target, OpOverload)
+            and any(r.alias_info is not None for r in target._schema.returns))
+
+
+def _lookup(module: nn.Module, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A parameter of our own on the same storage; buffers are shared as they are."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.data, requires_grad=tensor.requires_grad)
+    return tensor.detach()

@@ -1,0 +1,62 @@
+"""Products with a weight: the nodes that hold nearly all parameters and operations.
+
+After ``canonicalize`` every float product is ``aten.linear(x, W, b)`` with ``W``
+of shape ``[out, in]`` read straight from a parameter, and every quantized one is
+``ftc.quantized_linear``. A pass that rewrites products iterates
+:func:`products` and needs to know no other form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .program import Program
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """``y = x W^T + b`` with a float weight.
+
+    Attributes:
+        node: the ``aten.linear.default`` node.
+        x: its input, ``[..., in]``.
+        weight: name of the parameter ``W``, ``[out, in]``.
+        bias: name of the parameter ``b``, ``[out]``, or None.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: str
+    bias: str | None
+
+
+def products(program: Program) -> Iterator[Product]:
+    """The float products of a canonical program, in graph order."""
+    for node in list(program.graph.nodes):
+        if node.op != "call_function" or node.target is not aten.linear.default:
+            continue
+        x, weight = node.args[0], node.args[1]
+        bias = node.args[2] if len(node.args) > 2 else None
+        if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
+            continue
+        if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
+            continue
+        yield Product(node, x, str(weight.target), str(bias.target) if bias is not None else None)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether ``node`` multiplies by a weight: float or quantized linear, or a convolution."""
+    return node.op == "call_function" and str(node.target) in _PRODUCTS
+
+
+_PRODUCTS = frozenset({
+    "aten.linear.default", "ftc.quantized_linear.default",
+    "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default",
+    "aten.convolution.default",
+})
