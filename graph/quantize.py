@@ -1,0 +1,125 @@
+"""The arithmetic of quantization, apart from any graph.
+
+A weight ``w`` of shape ``[out, ...]`` is seen as rows of ``in`` elements, each
+row as groups of ``group_size`` (0: the whole row is one group). Two schemes:
+
+- symmetric: ``s = max|w| / qmax``, ``q = round(w / s)``, ``w ~ q s``;
+- affine, the textbook min-max scheme on ``2^n - 1`` steps:
+  ``s = (max - min) / (2^n - 1)``, ``q = round((w - min) / s) - 2^(n-1)``,
+  ``w ~ (q - z) s`` with ``z`` the integer that stands for zero.
+
+The rounding error of either is at most ``s / 2`` per element for every value
+inside the range (Jacob et al., arXiv 1712.05877, section 2.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import PreconditionError
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a weight is quantized.
+
+    Attributes:
+        bits: 4 or 8; the width that is stored.
+        group_size: elements that share a scale along a row; 0 is the whole row.
+        symmetric: no zero point.
+        reduce_range: at 8 bits use only ``[-64, 64]``. A CPU with AVX2 and no
+            VNNI adds two products ``u8 * s8`` in 16 bits, which saturate beyond
+            ``32767 / (2 * 255)``, a weight of 64 (onnxruntime's name for it).
+    """
+
+    bits: int = 8
+    group_size: int = 0
+    symmetric: bool = True
+    reduce_range: bool = False
+
+    @property
+    def qmax(self) -> int:
+        """Largest magnitude of a symmetric code."""
+        if self.reduce_range and self.bits == 8:
+            return 64
+        return int(2 ** (self.bits - 1)) - 1
+
+
+def choose_qparams(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of each group.
+
+    Args:
+        weight: float ``[out, ...]``.
+
+    Returns:
+        ``scale`` float32 ``[out, groups]``, never 0; ``zero_point`` int8 of that
+        shape, or None for a symmetric scheme.
+
+    Raises:
+        PreconditionError: when ``group_size`` does not divide a row, or the
+            weight holds a NaN or an infinity.
+    """
+    groups = _groups(weight, scheme.group_size)
+    if scheme.symmetric:
+        peak = groups.abs().amax(-1)
+        return _positive(peak / scheme.qmax, peak), None
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scale = _positive((high - low) / (2**scheme.bits - 1), high - low)
+    zero = torch.round(-low / scale) - 2 ** (scheme.bits - 1)
+    return scale, zero.to(torch.int8)
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
+    """Codes of ``weight``: int8, in the shape of ``weight``."""
+    groups = _groups(weight, scheme.group_size)
+    codes = torch.round(groups / scale.unsqueeze(-1))
+    if zero_point is None:
+        codes = codes.clamp_(-scheme.qmax, scheme.qmax)
+    else:
+        half = 2 ** (scheme.bits - 1)
+        codes = codes.add_(zero_point.unsqueeze(-1)).clamp_(-half, half - 1)
+    return codes.to(torch.int8).view(weight.shape)
+
+
+def dequantize(data: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Float32 values of codes.
+
+    Args:
+        data: int8 ``[out, ...]``.
+        scale: float ``[out, groups]``.
+        zero_point: int8 ``[out, groups]`` or None.
+    """
+    groups = data.reshape(*scale.shape, -1).to(scale.dtype)
+    if zero_point is not None:
+        groups = groups - zero_point.unsqueeze(-1)
+    return (groups * scale.unsqueeze(-1)).view(data.shape)
+
+
+def relative_error(weight: Tensor, restored: Tensor) -> float:
+    """``|w - w'| / |w|`` in the Frobenius norm; 0 for a zero weight."""
+    norm = float(torch.linalg.vector_norm(weight))
+    return float(torch.linalg.vector_norm(weight - restored)) / norm if norm else 0.0
+
+
+def _groups(weight: Tensor, group_size: int) -> Tensor:
+    rows = weight.detach().reshape(weight.shape[0], -1)
+    width = rows.shape[1]
+    size = group_size or width
+    if width % size:
+        raise PreconditionError(
+            f"group_size={size} does not divide a row of {width}",
+            fix=f"choose a divisor of {width}, or 0 for one group a row",
+        )
+    return rows.reshape(weight.shape[0], width // size, size)
+
+
+def _positive(scale: Tensor, spread: Tensor) -> Tensor:
+    """A scale of 1 for a group of zeros: its codes are 0 whatever the scale."""
+    if not bool(torch.isfinite(scale).all()):
+        raise PreconditionError("the weight holds a NaN or an infinity",
+                                fix="repair the checkpoint: quantization needs finite weights")
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.where((spread > 0) & (scale >= tiny), scale, torch.ones_like(scale)).float()

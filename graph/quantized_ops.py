@@ -1,0 +1,129 @@
+"""Operators of a quantized graph: what torch runs, differentiates and re-exports.
+
+Each backend lowers them its own way; the functions here are the reference. They
+compute in float on integer values, exactly as far as float32 goes, so that a
+program drifts from its lowered form by rounding alone.
+
+``quantized_linear`` with ``activation="row"`` divides each row of ``x`` by its
+largest magnitude ``m``, quantizes all rows together to unsigned 8 bits the way
+ONNX's ``DynamicQuantizeLinear`` does, multiplies integers, and gives the rows
+their magnitudes back:
+
+    y = m * (s_x s_w * (q_x - z_x) q_w^T) + b,   (q_x, s_x, z_x) = DQL(x / m)
+
+A per-tensor scale is ruined by one outlier row; this is a scale per row at the
+price of a scale per tensor. The gradient towards ``x`` is that of the
+dequantized weight (straight through the rounding); weights get none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .quantize import dequantize as _dequantize
+
+ACTIVATIONS = ("none", "row", "tensor")
+
+
+@torch.library.custom_op("ftc::dequantize", mutates_args=())
+def dequantize(
+    data: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """The float weight ``[out, ...]`` of codes ``data`` (see :mod:`ftc.graph.quantize`)."""
+    return _dequantize(data, scale, zero_point)
+
+
+@dequantize.register_fake
+def _(data: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
+    return torch.empty_like(data, dtype=scale.dtype)
+
+
+@torch.library.custom_op("ftc::quantized_embedding", mutates_args=())
+def quantized_embedding(
+    data: Tensor, scale: Tensor, zero_point: Tensor | None, indices: Tensor, bits: int,
+    group_size: int,
+) -> Tensor:
+    """Rows of a quantized table: ``data`` int8 ``[rows, dim]``, ``indices`` ``[...]`` -> ``[..., dim]``."""
+    zero = None if zero_point is None else zero_point[indices].flatten(0, -2)
+    picked = data[indices]
+    rows = _dequantize(picked.flatten(0, -2), scale[indices].flatten(0, -2), zero)
+    return rows.view(picked.shape)
+
+
+@quantized_embedding.register_fake
+def _(
+    data: Tensor, scale: Tensor, zero_point: Tensor | None, indices: Tensor, bits: int,
+    group_size: int,
+) -> Tensor:
+    return scale.new_empty((*indices.shape, data.shape[1]))
+
+
+@torch.library.custom_op("ftc::quantized_linear", mutates_args=())
+def quantized_linear(
+    x: Tensor, data: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
+    bits: int, group_size: int, activation: str,
+) -> Tensor:
+    """``x W^T + b`` with a quantized ``W``.
+
+    Args:
+        x: float ``[..., in]``.
+        data, scale, zero_point: codes of ``W`` ``[out, in]`` (see :mod:`ftc.graph.quantize`).
+        bias: float ``[out]`` or None.
+        activation: ``none``, ``row`` or ``tensor``: how ``x`` is quantized at run time.
+    """
+    if activation == "none" or x.numel() == 0:
+        return torch.nn.functional.linear(x, _dequantize(data, scale, zero_point).to(x.dtype), bias)
+    peak = row_peak(x) if activation == "row" else None
+    codes, step = dynamic_quantize(x if peak is None else x / peak)
+    if group_size == 0 and zero_point is None:
+        y = torch.nn.functional.linear(codes, data.to(codes.dtype)) * (step * scale[:, 0])
+    else:
+        y = torch.nn.functional.linear(codes, _dequantize(data, scale, zero_point)) * step
+    if peak is not None:
+        y = y * peak
+    return y if bias is None else y + bias
+
+
+@quantized_linear.register_fake
+def _(
+    x: Tensor, data: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
+    bits: int, group_size: int, activation: str,
+) -> Tensor:
+    torch._check(x.shape[-1] == data.shape[1], lambda: f"x {x.shape} by a weight {data.shape}")
+    return x.new_empty((*x.shape[:-1], data.shape[0]))
+
+
+def row_peak(x: Tensor) -> Tensor:
+    """Largest magnitude of each row, ``[..., 1]``; the smallest normal number for a row of zeros."""
+    return x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(q - z, s)`` of ONNX's DynamicQuantizeLinear, as floats: integers in [-255, 255] and a scalar."""
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    step = (high - low) / 255
+    step = torch.where(step > 0, step, torch.ones_like(step))
+    zero = torch.round(-low / step).clamp(0, 255)
+    return (torch.round(x / step) + zero).clamp(0, 255) - zero, step
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, data, scale, zero_point, bias = inputs[:5]
+    ctx.save_for_backward(data, scale, zero_point)
+    ctx.has_bias, ctx.dtype = bias is not None, x.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    data, scale, zero_point = ctx.saved_tensors
+    weight = torch.ops.ftc.dequantize(data, scale, zero_point, 8, 0).to(ctx.dtype)
+    into_x = grad @ weight if ctx.needs_input_grad[0] else None
+    into_bias = None
+    if ctx.has_bias and ctx.needs_input_grad[4]:
+        into_bias = grad.flatten(0, -2).sum(0)
+    return into_x, None, None, None, into_bias, None, None, None
+
+
+quantized_linear.register_autograd(_backward, setup_context=_save)
