@@ -128,6 +128,14 @@ class Rewriter:
         shapes.infer(self.get_attr(name), self.module, self._mode)
         self.modified += 1
 
+    def remove_tensor(self, name: str) -> None:
+        """Takes a parameter or buffer off the module, so that ``name.*`` can take its place.
+
+        Replace every node that reads it within the same rewrite.
+        """
+        detach(self.module, name)
+        self._names.discard(name)
+
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Redirects every use of ``old`` to ``new`` and erases ``old``.
 

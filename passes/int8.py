@@ -1,0 +1,139 @@
+"""Int8: weights per channel, activations row by row at run time, embeddings per row.
+
+A product ``y = x W^T + b`` becomes ``ftc::quantized_linear`` (see
+:mod:`ftc.graph.quantized_ops`), a table lookup ``ftc::quantized_embedding``, a
+convolution keeps its float arithmetic on ``ftc::dequantize`` of its weight.
+Weights are symmetric, one scale a row (output channel, or table row):
+
+    s_i = max_j |W_ij| / q_max,    q_ij = round(W_ij / s_i)
+
+The defaults are those that are never silently wrong. ``q_max`` is 64 and not
+127, because a CPU with AVX2 but no VNNI adds pairs of products in 16 bits and
+saturates beyond that; and every row of activations gets its own scale, because
+with one scale for all a single outlier row destroys a language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ftc.graph import quantized_ops  # noqa: F401  (registers torch.ops.ftc)
+from ftc.graph.provenance import describe
+from ftc.graph.quantize import Scheme, choose_qparams, dequantize, quantize, relative_error
+from ftc.graph.rewriter import Rewriter
+from ftc.graph.select import select
+
+from .base import Context, Effect, Pass
+
+aten, ops = torch.ops.aten, torch.ops.ftc
+
+_WEIGHT_ARGUMENT = {
+    aten.linear.default: 1,
+    aten.embedding.default: 0,
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 1,
+    aten.conv3d.default: 1,
+    aten.conv1d.padding: 1,
+    aten.conv2d.padding: 1,
+}
+
+
+@dataclass(frozen=True)
+class Int8(Pass):
+    """Quantize weights to 8 bits, and activations at run time.
+
+    Options:
+        select: which weights, a selector.
+        activation: how a product's input is quantized at run time: ``row`` (each
+            row by its own largest magnitude), ``tensor`` (one scale for all: faster,
+            and ruined by outliers), ``none`` (weights only).
+        reduce_range: use only [-64, 64] of the weights' 8 bits, which is right on
+            machines without VNNI as well; false where the machine has it.
+        min_size: leave weights with fewer elements as they are.
+    """
+
+    name: ClassVar[str] = "int8"
+    effect: ClassVar[Effect] = Effect.APPROXIMATE
+    needs: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
+
+    select: str = "product | embedding"
+    activation: Literal["row", "tensor", "none"] = "row"
+    reduce_range: bool = True
+    min_size: int = 2048
+
+    def rewrite(self, rw: Rewriter, ctx: Context) -> None:
+        """Quantizes every selected weight whose readers all have a quantized form."""
+        errors: dict[str, float] = {}
+        small: list[str] = []
+        for name in sorted(select(self.select, rw.program)):
+            weight = rw.program.tensor(name)
+            if weight.dim() < 2 or not weight.is_floating_point():
+                continue
+            readers = list(rw.get_attr(name).users)
+            if (other := _unsupported(readers, rw.get_attr(name))) is not None:
+                rw.note(f"left {name} as it is: {other.target} reads it too ({describe(other)})")
+            elif weight.numel() < self.min_size:
+                small.append(name)
+            else:
+                errors[name] = self._quantize(rw, name, weight.detach(), readers)
+        self._say(rw, errors, small)
+
+    def _quantize(
+        self, rw: Rewriter, name: str, weight: Tensor, readers: list[fx.Node]
+    ) -> float:
+        """Replaces one weight and all its readers; returns the weight's relative error."""
+        scheme = Scheme(reduce_range=self.reduce_range)
+        scale, zero_point = choose_qparams(weight, scheme)
+        codes = quantize(weight, scale, zero_point, scheme)
+        error = relative_error(weight, dequantize(codes, scale, zero_point))
+        rw.remove_tensor(name)
+        data = rw.add_buffer(f"{name}.quantized", codes)
+        scales = rw.add_buffer(f"{name}.scale", scale)
+        for reader in readers:
+            with rw.at(reader):
+                rw.replace(reader, self._quantized_form(rw, reader, data, scales))
+        return error
+
+    def _quantized_form(
+        self, rw: Rewriter, reader: fx.Node, data: fx.Node, scale: fx.Node
+    ) -> fx.Node:
+        if reader.target is aten.linear.default:
+            bias = reader.args[2] if len(reader.args) > 2 else None
+            return rw.call(ops.quantized_linear.default, reader.args[0], data, scale, None, bias,
+                           8, 0, self.activation)
+        if reader.target is aten.embedding.default:
+            return rw.call(ops.quantized_embedding.default, data, scale, None, reader.args[1], 8, 0)
+        weight = rw.call(ops.dequantize.default, data, scale, None, 8, 0)
+        args = list(reader.args)
+        args[_WEIGHT_ARGUMENT[reader.target]] = weight  # type: ignore[index]
+        assert callable(reader.target)
+        return rw.call(reader.target, *args, **reader.kwargs)
+
+    def _say(self, rw: Rewriter, errors: dict[str, float], small: list[str]) -> None:
+        if errors:
+            worst = max(errors, key=errors.__getitem__)
+            rw.note(f"quantized {len(errors)} weights; the largest relative error is "
+                    f"{errors[worst]:.2%}, of {worst}")
+        if errors and self.reduce_range:
+            rw.note("weights use [-64, 64], which no machine saturates; "
+                    "reduce_range=false is finer where the machine has VNNI")
+        if errors and not self.reduce_range:
+            rw.note("weights use [-127, 127]: wrong on machines with AVX2 and no VNNI")
+        if small:
+            rw.note(f"left {len(small)} weights of fewer than {self.min_size} elements as they are")
+
+
+def _unsupported(readers: list[fx.Node], weight: fx.Node) -> fx.Node | None:
+    """The first reader that has no quantized form for this argument."""
+    for reader in readers:
+        position = _WEIGHT_ARGUMENT.get(reader.target)  # type: ignore[arg-type]
+        if position is None or reader.args[position] is not weight:
+            return reader
+        if sum(argument is weight for argument in reader.args) > 1:
+            return reader
+    return None
