@@ -149,17 +149,19 @@ def _input_spec(
     node: fx.Node, inputs: Mapping[str, Tensor], dynamic: Dynamic, ranges: Mapping[str, int],
     masks: Sequence[str],
 ) -> InputSpec:
-    example = inputs[node.name]
-    axes = dynamic.get(node.name, {})
+    # fx renames a node whose name Python knows (``input``); its target keeps the model's name.
+    name = str(node.target)
+    example = inputs[name]
+    axes = dynamic.get(name, {})
     val = value(node)
     shape: tuple[Dim, ...] = tuple(
         axes[i] if i in axes and not isinstance(val.shape[i], int) else int(size)
         for i, size in enumerate(example.shape)
     )
     integer = not example.dtype.is_floating_point and example.dtype != torch.bool
-    high = ranges.get(node.name, int(example.max()) + 1 if integer else 2)
-    return InputSpec(node.name, example.dtype, shape, high=high,
-                     role="mask" if node.name in masks else "value")
+    high = ranges.get(name, int(example.max()) + 1 if integer else 2)
+    return InputSpec(name, example.dtype, shape, high=high,
+                     role="mask" if name in masks else "value")
 
 
 def _name_output_dims(graph: fx.Graph, signature: Signature) -> Signature:

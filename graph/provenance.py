@@ -47,7 +47,7 @@ def stamp_captured(node: fx.Node) -> None:
     stack = node.meta.pop("nn_module_stack", None) or {}
     path = ""
     for name, _ in stack.values():
-        path = name
+        path = "" if name.startswith("_empty_nn_module_stack") else name
     trace = node.meta.pop("stack_trace", None) or ""
     frames = _FRAME.findall(trace)
     source = f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
