@@ -1,0 +1,107 @@
+"""What a pass may know beyond the program: probes, calibration data, budget, seed, target.
+
+Promises are measured on *probes*: inputs given by the user, or random ones that
+the signature makes at sizes other than a typical example's. The outputs of a
+program on its probes are computed once (:meth:`Context.outputs`): in a pipeline
+the outputs after one pass are the outputs before the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx
+
+from ftc.graph.errors import UsageError
+from ftc.graph.program import Program
+
+Inputs = Mapping[str, Tensor]
+_PROBE_SIZES = ((2, 11, 13, 17), (3, 17, 19, 7))
+
+
+@dataclass(frozen=True)
+class Context:
+    """The circumstances of a run.
+
+    Attributes:
+        probes: inputs that drift is measured on; empty: two random ones.
+        probe_source: where the probes come from, in words, for the report.
+        calibration: inputs that data-aware passes learn statistics from, or None.
+        max_drift: largest relative drift that is accepted, or None.
+        seed: of everything random.
+        target: name of the machine that will run the program.
+    """
+
+    probes: tuple[Inputs, ...] = ()
+    probe_source: str = "random inputs"
+    calibration: Sequence[Inputs] | None = None
+    max_drift: float | None = None
+    seed: int = 0
+    target: str = "portable"
+    _outputs: WeakKeyDictionary[fx.GraphModule, tuple[dict[str, Tensor], ...]] = field(
+        default_factory=WeakKeyDictionary, repr=False, compare=False
+    )
+
+    @classmethod
+    def for_program(cls, program: Program, **fields: Any) -> Context:
+        """A context whose probes are random inputs of ``program``, unless ``fields`` has some."""
+        fields.setdefault("probes", random_probes(program, fields.get("seed", 0)))
+        return cls(**fields)
+
+    def probes_for(self, program: Program) -> tuple[Inputs, ...]:
+        """The probes, or random ones where ``program`` takes other inputs than they give."""
+        names = set(program.signature.input_names)
+        if self.probes and all(set(probe) == names for probe in self.probes):
+            return self.probes
+        return random_probes(program, self.seed)
+
+    def outputs(self, program: Program) -> tuple[dict[str, Tensor], ...]:
+        """Outputs of ``program`` on each of its probes, computed once for one module.
+
+        Weights that are written in place afterwards are not noticed: use a new
+        context for a program that was trained.
+        """
+        if program.module not in self._outputs:
+            self._outputs[program.module] = tuple(
+                run_probe(program, probe) for probe in self.probes_for(program)
+            )
+        return self._outputs[program.module]
+
+    def adopt(self, before: Program, after: Program) -> None:
+        """Says that ``after`` has the arithmetic and the weights of ``before``."""
+        if before.module in self._outputs:
+            self._outputs[after.module] = self._outputs[before.module]
+
+
+def random_probes(program: Program, seed: int = 0) -> tuple[Inputs, ...]:
+    """Two sets of random inputs of different sizes, the same for the same seed."""
+    signature = program.signature
+    probes = []
+    for index, sizes in enumerate(_PROBE_SIZES):
+        wanted = dict(zip(signature.dims, sizes, strict=False))
+        legal = {d: min(n, signature.limits.get(d, n)) for d, n in wanted.items()}
+        probes.append(signature.probe(seed=seed + index, **legal))
+    return tuple(probes)
+
+
+def run_probe(program: Program, probe: Inputs) -> dict[str, Tensor]:
+    """Outputs of ``program`` on one probe, without gradients, seeded.
+
+    Raises:
+        UsageError: when the program does not run on it.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return program(probe)
+        except (RuntimeError, IndexError, ValueError) as error:
+            sizes = ", ".join(f"{name} {list(t.shape)}" for name, t in probe.items())
+            raise UsageError(
+                f"the program does not run on a probe: {str(error).splitlines()[0]}",
+                where=sizes,
+                fix="give inputs that it accepts as probes",
+            ) from error
