@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.export import ExportedProgram
 from .errors import CaptureError, UsageError
 from .export import Dynamic, export
 from .normalize import normalize
-from .program import Program
+from .program import Program, detach
 from .shapes import value
 from .signature import Dim, InputSpec, OutputSpec, Signature
 
@@ -56,22 +57,107 @@ def capture_module(
         UsageError: for examples that do not fit the model's forward.
     """
     inputs = _named(model, examples)
-    wanted = dynamic if dynamic is not None else {n: {0: "batch"} for n, t in inputs.items() if t.dim()}
+    wanted = (
+        dynamic if dynamic is not None else {n: {0: "batch"} for n, t in inputs.items() if t.dim()}
+    )
     _check_sizes(inputs, wanted)
     exported, notes = export(model, inputs, wanted, strict_dims=dynamic is not None)
-    module = normalize(exported.module(check_guards=False))  # type: ignore[arg-type]
+    program = _program(exported, inputs, wanted, task, limits or {}, ranges or {}, masks)
+    return replace(program, ties=_ties(model, program.module), assets=assets, notes=tuple(notes))
+
+
+def capture_exported(exported: ExportedProgram, *, task: str = "module") -> Program:
+    """A program from what torch.export has already traced, without tracing again.
+
+    Its dynamic dimensions keep no names: axis 0 is called ``batch``, others ``dim_1``, …
+
+    Raises:
+        CaptureError: when it carries no example inputs, or other inputs than tensors.
+    """
+    examples = torch.utils._pytree.tree_leaves(exported.example_inputs)
+    names = exported.graph_signature.user_inputs
+    if len(examples) != len(names) or not all(isinstance(e, Tensor) for e in examples):
+        raise CaptureError(
+            "the exported program has no example inputs of tensors alone",
+            fix="export the model with tensors only",
+        )
+    inputs = dict(zip(map(str, names), examples, strict=True))
+    fakes = {n.name: value(n) for n in exported.graph.nodes if n.name in inputs}
+    symbols: dict[str, str] = {}
+    dynamic: dict[str, dict[int, str]] = {}
+    for name, fake in fakes.items():
+        for axis, size in enumerate(fake.shape):
+            if not isinstance(size, int):
+                fresh = f"dim_{len(symbols)}" if axis or "batch" in symbols.values() else "batch"
+                dynamic.setdefault(name, {})[axis] = symbols.setdefault(str(size), fresh)
+    program = _program(exported, inputs, dynamic, task, {}, {}, ())
+    modes = {
+        n.args[2]
+        for n in exported.graph.nodes
+        if n.op == "call_function" and n.target is torch.ops.aten.dropout.default
+    }
+    notes = ("exported in eval mode: attention's dropout is not known",) if modes == {False} else ()
+    return replace(program, notes=notes)
+
+
+def drop_outputs(program: Program, untrained: frozenset[str]) -> Program:
+    """Without the outputs that are computed from parameters in ``untrained``, unless all are.
+
+    Returns:
+        The program itself where nothing can be dropped, else one with a note.
+    """
+    tainted: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            spoilt = str(node.target) in untrained
+        else:
+            spoilt = node.op != "output" and not tainted.isdisjoint(node.all_input_nodes)
+        if spoilt:
+            tainted.add(node)
+    output = program.graph.output_node()
+    pairs = list(zip(program.signature.outputs, output.args[0], strict=True))  # type: ignore[arg-type]
+    kept = [(spec, leaf) for spec, leaf in pairs if leaf not in tainted]
+    if not kept or len(kept) == len(pairs):
+        return program
+    output.args = (tuple(leaf for _, leaf in kept),)
+    program.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+    for name, _ in list(program.tensors()):
+        if name not in read:
+            detach(program.module, name)
+    program.module.recompile()
+    dropped = ", ".join(spec.name for spec, leaf in pairs if leaf in tainted)
+    signature = replace(program.signature, outputs=tuple(spec for spec, _ in kept))
+    note = f"dropped the output {dropped}: the weights for it were never trained"
+    return replace(program, signature=signature, notes=(*program.notes, note))
+
+
+def _program(
+    exported: ExportedProgram,
+    inputs: Mapping[str, Tensor],
+    dynamic: Dynamic,
+    task: str,
+    limits: Mapping[str, int],
+    ranges: Mapping[str, int],
+    masks: Sequence[str],
+) -> Program:
+    """The normalised graph of an exported program, and its signature."""
+    module = normalize(exported.module(check_guards=False))
     _keep_tensor_inputs(module.graph)
     outputs = _keep_named_outputs(module.graph, exported)
     signature = Signature(
         task=task,
-        inputs=tuple(_input_spec(n, inputs, wanted, ranges or {}, masks)
-                     for n in module.graph.nodes if n.op == "placeholder"),
+        inputs=tuple(
+            _input_spec(n, inputs, dynamic, ranges, masks)
+            for n in module.graph.nodes
+            if n.op == "placeholder"
+        ),
         outputs=tuple(outputs),
-        limits=dict(limits or {}),
+        limits=dict(limits),
     )
     signature = _name_output_dims(module.graph, signature)
     module.recompile()
-    return Program(module, signature, _ties(model, module), assets=assets, notes=tuple(notes))
+    return Program(module, signature)
 
 
 def _named(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
@@ -83,7 +169,8 @@ def _named(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
         try:
             bound = inspect.signature(model.forward).bind(*args)
         except TypeError as error:
-            raise UsageError(f"the examples do not fit {type(model).__name__}.forward: {error}") from None
+            what = f"the examples do not fit {type(model).__name__}.forward: {error}"
+            raise UsageError(what) from None
         named = dict(bound.arguments)
     for name, given in named.items():
         if not isinstance(given, Tensor):
@@ -97,8 +184,9 @@ def _named(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
 def _check_sizes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> None:
     for name, axes in dynamic.items():
         if name not in inputs:
-            raise UsageError(f"dynamic names the unknown input {name!r}",
-                             fix=f"inputs: {', '.join(inputs)}")
+            raise UsageError(
+                f"dynamic names the unknown input {name!r}", fix=f"inputs: {', '.join(inputs)}"
+            )
         for axis, dim in axes.items():
             if inputs[name].shape[axis] < 2:
                 raise UsageError(
@@ -133,20 +221,28 @@ def _keep_named_outputs(graph: fx.Graph, exported: ExportedProgram) -> list[Outp
     elif isinstance(tree, (tuple, list)):
         named = {f"output_{i}": leaf for i, leaf in enumerate(tree)}
     else:
-        raise CaptureError(f"the model returns a {type(tree).__name__}",
-                           fix="return a tensor, a tuple of tensors or a dict of tensors")
-    kept = {name: leaves[i] for name, i in named.items()
-            if isinstance(i, int) and isinstance(leaves[i], fx.Node)
-            and isinstance(value(leaves[i]), Tensor)}
+        raise CaptureError(
+            f"the model returns a {type(tree).__name__}",
+            fix="return a tensor, a tuple of tensors or a dict of tensors",
+        )
+    found = {name: leaves[i] for name, i in named.items() if isinstance(i, int)}
+    kept = {
+        name: leaf
+        for name, leaf in found.items()
+        if isinstance(leaf, fx.Node) and isinstance(value(leaf), Tensor)
+    }
     if not kept:
-        raise CaptureError("the model returns no tensor", fix="return a tensor or a dict of tensors")
+        raise CaptureError("the model returns no tensor", fix="return a tensor or a dict")
     node.args = (tuple(kept.values()),)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return [OutputSpec(name, value(leaf).dtype, ()) for name, leaf in kept.items()]
 
 
 def _input_spec(
-    node: fx.Node, inputs: Mapping[str, Tensor], dynamic: Dynamic, ranges: Mapping[str, int],
+    node: fx.Node,
+    inputs: Mapping[str, Tensor],
+    dynamic: Dynamic,
+    ranges: Mapping[str, int],
     masks: Sequence[str],
 ) -> InputSpec:
     # fx renames a node whose name Python knows (``input``); its target keeps the model's name.
@@ -160,8 +256,9 @@ def _input_spec(
     )
     integer = not example.dtype.is_floating_point and example.dtype != torch.bool
     high = ranges.get(name, int(example.max()) + 1 if integer else 2)
-    return InputSpec(name, example.dtype, shape, high=high,
-                     role="mask" if name in masks else "value")
+    return InputSpec(
+        name, example.dtype, shape, high=high, role="mask" if name in masks else "value"
+    )
 
 
 def _name_output_dims(graph: fx.Graph, signature: Signature) -> Signature:
@@ -174,8 +271,13 @@ def _name_output_dims(graph: fx.Graph, signature: Signature) -> Signature:
                 names.setdefault(str(size), dim)
     leaves = graph.output_node().args[0]
     outputs = tuple(
-        OutputSpec(o.name, o.dtype, tuple(
-            s if isinstance(s, int) else names.get(str(s), str(s)) for s in value(leaf).shape))
+        OutputSpec(
+            o.name,
+            o.dtype,
+            tuple(
+                s if isinstance(s, int) else names.get(str(s), str(s)) for s in value(leaf).shape
+            ),
+        )
         for o, leaf in zip(signature.outputs, leaves, strict=True)  # type: ignore[arg-type]
     )
     return Signature(signature.task, signature.inputs, outputs, signature.limits)
@@ -187,5 +289,8 @@ def _ties(model: nn.Module, module: fx.GraphModule) -> tuple[frozenset[str], ...
     for name, parameter in model.named_parameters(remove_duplicate=False):
         by_id.setdefault(id(parameter), []).append(name)
     read = {name for name, _ in module.named_parameters()}
-    return tuple(frozenset(names) for names in by_id.values()
-                 if len(names) > 1 and not read.isdisjoint(names))
+    return tuple(
+        frozenset(names)
+        for names in by_id.values()
+        if len(names) > 1 and not read.isdisjoint(names)
+    )

@@ -1,0 +1,177 @@
+"""GGUF files: header, configuration, weights.
+
+transformers reads GGUF through a Python loop over every string of the
+vocabulary, several times, and builds its table of names once per submodule: 13
+seconds for a file of 100 MB. Here the header is parsed once, transformers makes
+its configuration from a copy of it without the vocabulary, and each tensor is
+dequantized straight out of the mapped file. Names and layouts of tensors are
+transformers' own tables.
+"""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import SourceError
+from .gguf_header import Header, read_header
+from .huggingface import Loaded, build, choose_task, quiet
+from .tasks import auto_class
+
+_VOCABULARY = "tokenizer.ggml.tokens"
+
+
+def load_gguf(path: Path, task: str | None) -> Loaded:
+    """Loads the model of a GGUF file in fp32.
+
+    Raises:
+        SourceError: when the file is damaged or of a kind that transformers cannot read,
+            or when the extra ``ftc[gguf]`` is not installed.
+        UsageError: when the model has no such task.
+    """
+    _need_gguf(path)
+    header = read_header(path)
+    config = _config(header)
+    if task is None and not getattr(config, "architectures", None):
+        config.architectures = _usual_architectures(config)
+    task, notes = choose_task(config, task)
+    weights = _weights(header, config, task)
+    return build(None, config, task, notes, where=str(path), state_dict=weights)
+
+
+def _need_gguf(path: Path) -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise SourceError(
+            f"reading {path} needs the package gguf", fix="pip install 'ftc[gguf]'"
+        ) from None
+
+
+def _config(header: Header) -> Any:
+    """transformers' configuration, from the header without the arrays of the tokenizer.
+
+    The copy that transformers reads ends in a hole as long as the data, since
+    its reader maps the tensors too.
+    """
+    from transformers import AutoConfig
+
+    kept = [
+        header.data[start:end]
+        for key, (_, start, end) in header.fields.items()
+        if not key.startswith("tokenizer.ggml.") or end - start < 4096
+    ]
+    counts = struct.pack("<IQQ", header.version, len(header.tensors), len(kept))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "model.gguf"
+        with copy.open("wb") as file:
+            file.write(b"GGUF" + counts)
+            for part in (*kept, header.data[slice(*header.table)]):
+                file.write(part.tobytes())
+            file.truncate(file.tell() + len(header.data))
+        try:
+            with quiet():
+                config = AutoConfig.from_pretrained(
+                    folder, gguf_file=copy.name, local_files_only=True, trust_remote_code=False
+                )
+        except Exception as error:
+            raise SourceError(
+                f"transformers cannot read a GGUF file of the architecture {header.architecture!r}:"
+                f" {error}",
+                where=str(header.path),
+                fix="use the model's folder with config.json and safetensors",
+            ) from error
+    if f"{header.architecture}.vocab_size" not in header.fields and _VOCABULARY in header.fields:
+        config.vocab_size = header.fields[_VOCABULARY][0]
+    return config
+
+
+def _usual_architectures(config: Any) -> list[str]:
+    """A GGUF file names no task: a causal language model, where there is such a class."""
+    known = auto_class("causal-lm")._model_mapping
+    return [known[type(config)].__name__] if type(config) in known else []
+
+
+def _weights(header: Header, config: Any, task: str) -> dict[str, torch.Tensor]:
+    """The tensors of the file in fp32, under transformers' names."""
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    with torch.device("meta"), quiet():
+        model = auto_class(task)._model_mapping[type(config)](config)
+    maker: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
+    processor = maker(config=config.to_dict())
+    names: dict[str, str] = get_gguf_hf_weights_map(_Names.of(model), processor)
+    weights: dict[str, torch.Tensor] = {}
+    for name in header.tensors:
+        result = processor.process(
+            weights=_dequantized(header, name),
+            name=name,
+            tensor_key_mapping=names,
+            parsed_parameters={"tensors": weights},
+        )
+        if result.name in names:
+            weights[names[result.name]] = torch.from_numpy(np.ascontiguousarray(result.weights))
+    return weights
+
+
+def _dequantized(header: Header, name: str) -> np.ndarray[Any, Any]:
+    """One tensor in fp32, a few rows at a time: the file's blocks never exist twice."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    sizes, kind, start = header.tensors[name]
+    quantization = GGMLQuantizationType(kind)
+    block, width = GGML_QUANT_SIZES[quantization]
+    row = sizes[-1] // block * width
+    rows = int(np.prod(sizes[:-1], dtype=np.int64))
+    if start + rows * row > len(header.data):
+        raise SourceError(
+            f"{header.path} is truncated: tensor {name} ends after the file",
+            fix="download or copy it again",
+        )
+    raw = header.data[start : start + rows * row].view(np.ndarray).reshape(rows, row)
+    result = np.empty((rows, sizes[-1]), np.float32)
+    step = max(1, (1 << 22) // max(sizes[-1], 1))
+    for first in range(0, rows, step):
+        result[first : first + step] = dequantize(raw[first : first + step], quantization)
+    return result.reshape(sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """As much of a model as transformers' table of tensor names looks at.
+
+    The table looks for names in the model and in every module of it; only the
+    model without its head can add any, and asking all takes seconds.
+    """
+
+    config: Any
+    names: dict[str, Any]
+    children: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, model: Any) -> _Names:
+        base: nn.Module = model.base_model
+        children = (
+            ()
+            if base is model
+            else ((model.base_model_prefix, cls(model.config, base.state_dict(), ())),)
+        )
+        return cls(model.config, model.state_dict(), children)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.names
+
+    def named_children(self) -> tuple[tuple[str, Any], ...]:
+        return self.children

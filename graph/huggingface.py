@@ -1,0 +1,243 @@
+"""Folders in the layout of transformers: config.json beside safetensors.
+
+transformers reads them; what is added here is that nothing else happens: no
+network unless a hub id was named, no remote code, no pickles, no attention
+kernels that a configuration names, no progress bars, and no weights made up in
+silence.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import SourceError, UsageError, nearest
+from .safety import load_torch, weight_files
+from .tasks import FEATURES, auto_class, default_task, supports
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model and what is known about where it came from.
+
+    Attributes:
+        model: in fp32, in eval mode.
+        task: the task it was loaded for.
+        missing: names of parameters that its files do not have and that are random.
+        notes: what had to be decided.
+    """
+
+    model: nn.Module
+    task: str
+    missing: frozenset[str]
+    notes: tuple[str, ...] = ()
+
+
+def load_folder(folder: Path, task: str | None) -> Loaded:
+    """Loads the model of a folder in fp32.
+
+    Raises:
+        SourceError: naming the file that is missing or broken.
+        UsageError: when the model has no such task.
+    """
+    config = read_config(folder)
+    kind, files = weight_files(folder)
+    task, notes = choose_task(config, task)
+    arguments: dict[str, Any]
+    if kind == "safetensors":
+        arguments = {"use_safetensors": True, "local_files_only": True}
+        place: Any = folder
+    else:
+        weights: dict[str, torch.Tensor] = {}
+        for file in files:
+            weights.update(load_torch(file))
+        arguments, place = {"state_dict": weights}, None
+    return build(place, config, task, notes, where=str(folder), **arguments)
+
+
+def build(
+    place: Path | None,
+    config: Any,
+    task: str,
+    notes: tuple[str, ...],
+    *,
+    where: str,
+    **arguments: Any,
+) -> Loaded:
+    """``from_pretrained`` of the task's class, quietly; the encoder of an encoder-decoder."""
+    forget_caches(config)
+    try:
+        with quiet():
+            # With a state_dict instead of files the auto class does not dispatch: go to the class.
+            maker = auto_class(task)
+            maker = maker if place is not None else maker._model_mapping[type(config)]
+            model, info = maker.from_pretrained(
+                place,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **arguments,
+            )
+    except Exception as error:
+        raise SourceError(
+            f"transformers cannot load the weights: {_first(error)}",
+            where=where,
+            fix="check that config.json and the weights belong to one model",
+        ) from error
+    if info.get("mismatched_keys"):
+        name, *shapes = sorted(info["mismatched_keys"])[0]
+        raise SourceError(
+            f"{name} has shape {tuple(shapes[0])} in the file, not {tuple(shapes[1])}",
+            where=where,
+            fix="config.json and the weights are of different models",
+        )
+    missing = frozenset(info["missing_keys"])
+    model.eval()
+    if task == FEATURES and getattr(config, "is_encoder_decoder", False):
+        model, missing = _encoder(model, missing)
+        notes = (*notes, "an encoder-decoder model: captured its encoder")
+    return Loaded(model, task, missing, notes)
+
+
+def _encoder(model: Any, missing: frozenset[str]) -> tuple[nn.Module, frozenset[str]]:
+    """The encoder, and which of its parameters are missing, by their names within it."""
+    encoder = model.get_encoder()
+    random = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in missing}
+    present = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n not in missing}
+    names = {n for n, p in encoder.named_parameters() if id(p) in random - present}
+    return encoder, frozenset(names)
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a folder.
+
+    Raises:
+        SourceError: when config.json is missing, broken, or of an unknown model type.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(
+            f"{folder} has no config.json", fix="copy it from the model's source"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise SourceError(f"{file} is not valid JSON: {error}", fix="download it again") from None
+    if not isinstance(raw, dict):
+        raise SourceError(f"{file} is not a JSON object", fix="download it again")
+    kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise SourceError(f"{file} names no model_type", fix='add "model_type", e.g. "bert"')
+    if kind not in CONFIG_MAPPING:
+        own = (
+            "it brings its own Python code, which is never run"
+            if "auto_map" in raw
+            else (nearest(kind, list(CONFIG_MAPPING)))
+        )
+        raise SourceError(
+            f"{file}: transformers does not know the model_type {kind!r}",
+            fix=f"{own}; load it in Python and capture the module",
+        )
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        raise SourceError(f"{file}: {_first(error)}", fix="correct that entry") from error
+
+
+def choose_task(config: Any, task: str | None) -> tuple[str, tuple[str, ...]]:
+    """The task to load for, and notes.
+
+    Raises:
+        UsageError: when the named task has no class for this kind of model.
+    """
+    notes: tuple[str, ...] = ()
+    if task is None:
+        task, note = default_task(getattr(config, "architectures", None))
+        notes = (note,) if note else ()
+    if not supports(task, config):
+        raise UsageError(
+            f"a {config.model_type} model has no task {task!r}", fix=f"choose --task {FEATURES}"
+        )
+    return task, notes
+
+
+def forget_caches(config: Any) -> None:
+    """Switches off what a graph of one forward cannot hold, and kernels that are downloads.
+
+    ``attn_implementation`` in a config.json may name a repository whose code
+    would be fetched and run: transformers' own choice replaces it.
+    """
+    for part in (config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))):
+        if part is None:
+            continue
+        for name in list(vars(part)):
+            if name == "use_cache" or name.startswith("use_mems"):
+                setattr(part, name, False)
+        part.return_dict = True
+        part.output_attentions = part.output_hidden_states = False
+        for kernels in ("_attn_implementation", "_experts_implementation"):
+            if "/" in str(getattr(part, kernels, None)):
+                setattr(part, kernels, None)
+
+
+def check_missing(loaded: Loaded, read: frozenset[str], where: str) -> None:
+    """Refuses a program that computes with weights nobody trained.
+
+    Args:
+        loaded: the model it was captured from.
+        read: names of the parameters that the program reads.
+        where: the source.
+
+    Raises:
+        SourceError: listing them.
+    """
+    random = sorted(loaded.missing & read)
+    if random:
+        shown = ", ".join(random[:4]) + (f" and {len(random) - 4} more" if len(random) > 4 else "")
+        raise SourceError(
+            f"the weights have nothing for {shown}, which {loaded.task} needs",
+            where=where,
+            fix=f"choose --task {FEATURES}, or a model that was trained for {loaded.task}"
+            if loaded.task != FEATURES
+            else "the weights belong to another model",
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, warnings or log lines of transformers within."""
+    from transformers.utils import logging as _logging
+
+    logging: Any = _logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(50)  # CRITICAL
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first(error: Exception) -> str:
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

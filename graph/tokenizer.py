@@ -1,0 +1,90 @@
+"""The tokenizer that came with a model.
+
+A program keeps the place of its tokenizer's files (``program.assets``): a folder
+of transformers, a bundle, or a GGUF file, which carries its vocabulary itself.
+Nothing is read before text is asked for.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .huggingface import quiet
+from .program import Program
+
+ASSETS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
+"""Files of a model folder that a bundle takes along: text, no code and no weights."""
+
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def tokenizer(source: Program | Path | None) -> Any:
+    """The tokenizer of a program, a model folder, a bundle or a GGUF file; None when it has none.
+
+    Returns:
+        A tokenizer of transformers.
+    """
+    place = source.assets if isinstance(source, Program) else source
+    if place is None:
+        return None
+    if place.suffix == ".gguf" and place.is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        with quiet():
+            found = PreTrainedTokenizerFast.from_pretrained(
+                place.parent, gguf_file=place.name, local_files_only=True
+            )
+        found.init_kwargs.pop("local_files_only", None)
+        return found
+    if not any((place / name).is_file() for name in _VOCABULARIES):
+        return None
+    from transformers import AutoTokenizer
+
+    with quiet():
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+
+
+def copy_assets(source: Path | None, folder: Path) -> None:
+    """Copies the tokenizer's and configuration's files into ``folder``.
+
+    A GGUF file's vocabulary becomes tokenizer.json, so that the copy needs the
+    file no longer.
+    """
+    if source is None:
+        return
+    if source.is_file():
+        tokenizer(source).save_pretrained(folder)
+        return
+    for name in ASSETS:
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
