@@ -128,6 +128,13 @@ class Rewriter:
         shapes.infer(self.get_attr(name), self.module, self._mode)
         self.modified += 1
 
+    def set_trainable(self, name: str, trainable: bool) -> None:
+        """Says whether the parameter ``name`` learns."""
+        parameter = self.program.tensor(name)
+        if parameter.requires_grad != trainable:
+            parameter.requires_grad_(trainable)
+            self.modified += 1
+
     def remove_tensor(self, name: str) -> None:
         """Takes a parameter or buffer off the module, so that ``name.*`` can take its place.
 
