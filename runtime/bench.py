@@ -1,0 +1,182 @@
+"""Latency of one program against another: interleaved, one process, the same inputs.
+
+Without another program the two engines are compared: ``model.onnx`` in
+onnxruntime against the same graph in torch. A model that is no bundle is lowered
+as it is, so that both sides run in the same engine.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftc.graph.bundle import is_bundle
+from ftc.graph.cost import cost
+from ftc.graph.errors import UsageError
+from ftc.graph.program import Program
+from ftc.graph.signature import Signature
+from ftc.graph.sources import capture
+
+from .engine import Engine, OnnxEngine, TorchEngine, open_engine, set_threads
+from .measure import Timing, interleaved, machine, ratio
+
+_TEXT_SHAPES = ((1, 16), (8, 128), (4, 128), (2, 128), (1, 128), (1, 64), (1, 32))
+_LARGE = 13e9  # multiply-adds of one run: about a quarter of a second on two cores
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Two timings at one shape.
+
+    Attributes:
+        sizes: of the dynamic dimensions.
+        base, other: wall times; ``other`` is what the ratio is for.
+        speedup: how many times as long ``base`` takes as ``other``.
+    """
+
+    sizes: dict[str, int]
+    base: Timing
+    other: Timing
+    speedup: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, times in seconds."""
+        return {"sizes": self.sizes, "base": self.base.to_dict(), "other": self.other.to_dict(),
+                "speedup": self.speedup}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What ``ftc bench`` measured."""
+
+    base: str
+    other: str
+    latencies: tuple[Latency, ...]
+    machine: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"base": self.base, "other": self.other, "machine": self.machine,
+                "latencies": [each.to_dict() for each in self.latencies]}  # fmt: skip
+
+
+def bench(
+    source: str,
+    against: str | None = None,
+    *,
+    threads: int | None = None,
+    shapes: Sequence[dict[str, int]] = (),
+    seconds: float = 2.0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Comparison:
+    """Latency of ``source`` against another program, or against itself in torch.
+
+    Args:
+        source: a bundle with ``model.onnx``.
+        against: a bundle, or a model that can be captured.
+        threads: of both engines.
+        shapes: sizes of dynamic dimensions; two usual ones by default.
+        seconds: to spend on each shape.
+        progress: told what runs.
+
+    Raises:
+        UsageError: when the two do not take the same inputs.
+    """
+    set_threads(threads)
+    progress(f"opening {source}")
+    other = open_engine(source, "onnx")
+    with tempfile.TemporaryDirectory() as scratch:
+        base = _base(other, against, Path(scratch), progress)
+        if base.program.signature.input_names != other.program.signature.input_names:
+            raise UsageError(
+                f"{source} takes {', '.join(other.program.signature.input_names)}, but {against} "
+                f"takes {', '.join(base.program.signature.input_names)}",
+                fix="compare programs of one model",
+            )
+        sizes = list(shapes) or usual_shapes(base.program)
+        latencies = compare(base, other, sizes, seconds=seconds, progress=progress)
+    names = (f"{source}, graph" if against is None else against, source)
+    labels = [f"{name} ({e.label})" for name, e in zip(names, (base, other), strict=True)]
+    return Comparison(labels[0], labels[1], latencies, machine())
+
+
+def _base(
+    other: Engine, against: str | None, scratch: Path, progress: Callable[[str], None]
+) -> Engine:
+    if against is None:
+        return TorchEngine(other.program)
+    progress(f"opening {against}")
+    if is_bundle(Path(against).expanduser()):
+        return open_engine(against)
+    from .lower import lower, save_onnx
+
+    program = capture(against, task=other.program.signature.task)
+    save_onnx(lower(program), scratch / "model.onnx")
+    return OnnxEngine(program, scratch / "model.onnx")
+
+
+def compare(
+    base: Engine,
+    other: Engine,
+    shapes: Sequence[dict[str, int]],
+    *,
+    seconds: float,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[Latency, ...]:
+    """Times both engines in turns at each shape, on the same random inputs."""
+    found = []
+    for sizes in shapes:
+        inputs = other.program.signature.probe(seed=0, **sizes)
+        progress(f"measuring {format_sizes(sizes)}")
+        runs: dict[str, Callable[[], object]] = {
+            "base": lambda i=inputs: base(i),
+            "other": lambda i=inputs: other(i),
+        }  # type: ignore[misc]
+        times = interleaved(runs, seconds=seconds)
+        speedup = ratio(times["base"], times["other"])
+        found.append(Latency(dict(sizes), times["base"], times["other"], speedup))
+    return tuple(found)
+
+
+def usual_shapes(program: Program) -> list[dict[str, int]]:
+    """A small and a large shape: one short row; and as many tokens as take a fraction of a second.
+
+    A program without a sequence is measured at one row and at eight; one without
+    dynamic dimensions at the shape that it has.
+    """
+    dims, limits = program.signature.dims, program.signature.limits
+    if not dims:
+        return [{}]
+    if len(dims) == 1:
+        return [{dims[0]: 1}, {dims[0]: min(8, limits.get(dims[0], 8))}]
+    small, *large = [
+        {d: min(n, limits.get(d, n)) for d, n in zip(dims, pair, strict=False)}
+        for pair in _TEXT_SHAPES
+    ]
+    fitting = [s for s in large if cost(program, **s).operations <= _LARGE]
+    return [small, fitting[0]] if fitting else [small]
+
+
+def parse_shape(text: str, signature: Signature) -> dict[str, int]:
+    """``batch=8,sequence=128`` as sizes.
+
+    Raises:
+        UsageError: for another form, an unknown dimension, or a size out of range.
+    """
+    example = ",".join(f"{d}=8" for d in signature.dims) or "no dynamic dimension"
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, number = part.strip().partition("=")
+        if not equals or not number.strip().isdigit():
+            raise UsageError(f"{text!r} is no shape", fix=f"write {example}")
+        sizes[name.strip()] = int(number)
+    signature.sizes(**sizes)
+    return sizes
+
+
+def format_sizes(sizes: dict[str, int]) -> str:
+    """``batch=8, sequence=128``"""
+    return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "its fixed shape"

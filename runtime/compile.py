@@ -1,0 +1,288 @@
+"""Compilation: from a model to a smaller one that was proven, in one call.
+
+::
+
+    capture -> cleanup -> passes, each proven on probes -> lower -> save
+                              |                              |
+                              '--- onnxruntime on the same probes, and timed
+
+Nothing stands at ``out`` before everything held: the ONNX file is written into
+the bundle's temporary folder, opened there by onnxruntime and compared with the
+graph, and only then does the folder get its name.
+
+Drift is measured on real text where the model takes text and brought a
+tokenizer, and always on random inputs of another shape too.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftc.graph.bundle import check_output, save_bundle
+from ftc.graph.cost import cost
+from ftc.graph.drift import compare, summarize
+from ftc.graph.errors import UsageError, nearest
+from ftc.graph.program import Drift, Program
+from ftc.graph.sources import capture
+from ftc.graph.tokenizer import tokenizer
+from ftc.passes.context import Context, Inputs, random_probes
+from ftc.passes.ordering import order_text
+from ftc.passes.pipeline import Observer, Pipeline
+from ftc.passes.registry import get
+
+from .bench import Latency, usual_shapes
+from .bench import compare as compare_latency
+from .engine import MODEL, OnnxEngine, TorchEngine
+from .lower import decomposed, lower, save_onnx
+from .measure import machine
+from .parity import check_parity
+from .report import ONNX, CompileReport, Plan, Step, original_step, pass_step
+from .tensors import KINDS, read_tensors
+from .text import calibration, read_text, takes_text, text_probe
+
+TARGETS = ("portable",)
+REPORT = "report.json"
+_MEASURE_SECONDS = 0.4
+
+
+@dataclass
+class _Run:
+    """What one compilation tells the outside as it goes, and how long its phases took."""
+
+    progress: Callable[[str], None]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str, text: str) -> Iterator[None]:
+        """Times a phase, apart from phases within it."""
+        self.progress(text)
+        start, inner = time.perf_counter(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            within = sum(self.seconds.values()) - inner
+            spent = time.perf_counter() - start - within
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+
+def compile_model(
+    source: Any,
+    passes: str,
+    out: str | Path,
+    *,
+    task: str | None = None,
+    calib: str | None = None,
+    target: str = "portable",
+    max_drift: float | None = None,
+    force: bool = False,
+    trust: bool = False,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+    observer: Observer | None = None,
+) -> CompileReport:
+    """Captures, rewrites, proves, lowers, saves and measures.
+
+    Args:
+        source: whatever :func:`ftc.capture` takes, or a program.
+        passes: a pipeline's text form, ``lowrank{ratio=0.8},int8``; ``""`` for none.
+        out: the bundle's folder.
+        task: what to capture for; by default what the model says.
+        calib: text, a text file, or tensors (``.npz``, ``.safetensors``) to probe and
+            calibrate on; by default Python's documentation.
+        target: the machine that will run it.
+        max_drift: largest relative drift of any pass and of the whole.
+        force: replace a bundle that is there.
+        trust: allow a ``.pt2``.
+        seed: of random probes.
+        progress: told what runs.
+        observer: hears of each pass.
+
+    Raises:
+        UsageError: for a wrong call, before any work is done.
+        FtcError: as capture, the passes, the lowering and the bundle raise it; nothing
+            is written then.
+    """
+    run = _Run(progress)
+    pipeline = _prepare(passes, out, target, force)
+    with run.phase("capture", f"capturing {source}"):
+        original = _captured(source, task, trust)
+        ctx = _context(original, calib, target, max_drift, seed)
+        first = original_step(cost(original), 0.0)
+    with run.phase("passes", "running passes"):
+        done = pipeline.run(original, ctx, _Told(run, observer))
+        result = done.program
+    made: list[CompileReport] = []
+
+    def write_onnx(path: Path) -> None:
+        lowered, notes = _lower(result, path, run)
+        engine = OnnxEngine(result, path)
+        with run.phase("parity", "comparing onnxruntime with the graph"):
+            step, total = _prove(original, result, engine, ctx, path, lowered)
+        with run.phase("latency", "measuring latency"):
+            base = TorchEngine(original)
+            latencies = _latency(base, engine)
+        steps = (first, *(pass_step(record) for record in done.records), step)
+        made.append(CompileReport(
+            str(source), str(out), result.signature.task,
+            ",".join(record.spec for record in done.records), steps, total, latencies,
+            (base.label, engine.label), original.signature.sizes(), machine(),
+            (*original.notes, *notes), run.seconds,
+        ))  # fmt: skip
+
+    def write_report(path: Path) -> None:
+        path.write_text(json.dumps(made[0].to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    with run.phase("save", f"saving {out}"):
+        save_bundle(result, out, force=force, files={MODEL: write_onnx, REPORT: write_report})
+    return made[0]
+
+
+def plan(
+    source: Any,
+    passes: str,
+    out: str | Path,
+    *,
+    task: str | None = None,
+    target: str = "portable",
+    force: bool = False,
+    trust: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """What :func:`compile_model` would do: checks the call, captures, and orders the passes.
+
+    Raises:
+        FtcError: as :func:`compile_model` does.
+    """
+    pipeline = _prepare(passes, out, target, force)
+    progress(f"capturing {source}")
+    start = time.perf_counter()
+    original = _captured(source, task, trust)
+    step = original_step(cost(original), time.perf_counter() - start)
+    order = order_text(each for each, _ in pipeline.plan(original))
+    return Plan(str(source), str(out), original.signature.task, order, step, original.notes)
+
+
+def _prepare(passes: str, out: str | Path, target: str, force: bool) -> Pipeline:
+    """The pipeline, cleanup first, after everything that can be refused without work."""
+    asked = Pipeline.parse(passes).passes
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}", fix=nearest(target, TARGETS))
+    check_output(Path(out).expanduser().resolve(), force=force)
+    cleanup = get("cleanup")
+    return Pipeline(asked if asked and isinstance(asked[0], cleanup) else (cleanup(), *asked))
+
+
+def _captured(source: Any, task: str | None, trust: bool) -> Program:
+    return source if isinstance(source, Program) else capture(source, task=task, trust=trust)
+
+
+def _context(
+    program: Program, calib: str | None, target: str, max_drift: float | None, seed: int
+) -> Context:
+    """Probes and calibration data, from what the user gave or from Python's documentation.
+
+    Raises:
+        UsageError: for calibration data that does not fit the program.
+    """
+    fixed: dict[str, Any] = {"target": target, "max_drift": max_drift, "seed": seed}
+    other = random_probes(program, seed)
+    if calib is not None and Path(calib).suffix in KINDS:
+        given = read_tensors(Path(calib), program.signature)
+        return Context(
+            probes=(given, *other[1:]),
+            calibration=(given,),
+            probe_source=f"{Path(calib).name} and random inputs",
+            **fixed,
+        )
+    found = tokenizer(program) if takes_text(program.signature) else None
+    if found is None:
+        if calib is not None:
+            raise UsageError(
+                "calibration with text needs a tokenizer, and this model has none",
+                fix="give tensors: --calib FILE.npz",
+            )
+        return Context(probes=other, probe_source="random inputs", **fixed)
+    text = read_text(calib)
+    probe = text_probe(program, text, found)
+    count, longest = probe["input_ids"].shape
+    words = f"{count} rows of up to {longest} tokens of {text.source}, and random tokens"
+    return Context(
+        probes=(probe, other[0]),
+        probe_source=words,
+        calibration=calibration(program, text, found),
+        **fixed,
+    )
+
+
+class _Told(Observer):
+    """Tells the progress line which pass runs, and passes everything on."""
+
+    def __init__(self, run: _Run, inner: Observer | None) -> None:
+        self._run, self._inner = run, inner or Observer()
+
+    def planned(self, passes: Any) -> None:
+        self._inner.planned(passes)
+
+    def started(self, given: Any, program: Program) -> None:
+        self._run.progress(f"running {given.spec}")
+        self._inner.started(given, program)
+
+    def finished(self, given: Any, before: Program, after: Program) -> None:
+        self._inner.finished(given, before, after)
+
+    def failed(self, given: Any, before: Program, error: Any) -> None:
+        self._inner.failed(given, before, error)
+
+
+def _lower(result: Program, path: Path, run: _Run) -> tuple[float, tuple[str, ...]]:
+    """Writes the ONNX file; its seconds, and which operators had to be decomposed."""
+    start = time.perf_counter()
+    with run.phase("lower", "lowering to ONNX"):
+        model = lower(result)
+        save_onnx(model, path)
+    names = decomposed(model)
+    notes = (f"lowered through their decomposition: {', '.join(names)}",) if names else ()
+    return time.perf_counter() - start, notes
+
+
+def _prove(
+    original: Program, result: Program, engine: OnnxEngine, ctx: Context, path: Path, seconds: float
+) -> tuple[Step, Drift | None]:
+    """onnxruntime against the graph, and against the model as it came, on the same probes.
+
+    Raises:
+        PromiseError: when onnxruntime computes something else than the graph.
+    """
+    probes = ctx.probes_for(result)
+    outputs = [engine(probe) for probe in probes]
+    drift = check_parity(result, ctx.outputs(result), outputs, probes, ctx.probe_source)
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    step = Step(ONNX, "exact", None, size, None, drift, seconds)
+    if set(original.signature.input_names) != set(result.signature.input_names):
+        return step, None
+    return step, _drift(original, ctx.outputs(original), outputs, probes, ctx.probe_source)
+
+
+def _drift(
+    program: Program, before: Any, after: Any, probes: tuple[Inputs, ...], source: str
+) -> Drift:
+    found = [
+        difference
+        for old, new, probe in zip(before, after, probes, strict=True)
+        for difference in compare(old, new, probe, program.signature).values()
+    ]
+    return summarize(found, source)
+
+
+def _latency(base: TorchEngine, engine: OnnxEngine) -> tuple[Latency, ...]:
+    """Original against result at two shapes; none where they take different inputs."""
+    if base.program.signature.input_names != engine.program.signature.input_names:
+        return ()
+    shapes = usual_shapes(base.program)
+    return compare_latency(base, engine, shapes, seconds=_MEASURE_SECONDS)

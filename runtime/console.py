@@ -1,0 +1,100 @@
+"""The terminal: tables on stdout, progress and errors on stderr, numbers as people read them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ftc.graph.errors import FtcError
+
+_PIPE_WIDTH = 120
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def stdout() -> Console:
+    """Where results go: as wide as the terminal, 120 columns in a pipe."""
+    return _console(sys.stdout)
+
+
+def stderr() -> Console:
+    """Where progress and errors go."""
+    return _console(sys.stderr)
+
+
+def _console(stream: Any) -> Console:
+    width = None if stream.isatty() else _PIPE_WIDTH
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+
+
+@contextmanager
+def progress(enabled: bool) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what runs, on a terminal only."""
+    console = stderr()
+    if not enabled or not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("starting") as status:
+        yield lambda text: status.update(escape(text))
+
+
+def print_error(error: FtcError) -> None:
+    """``PreconditionError: what``, then where and fix, red on a terminal; never wrapped or cut."""
+    text = Text(f"{type(error).__name__}: ", style="bold red")
+    text.append(error.what, style="red")
+    if error.where:
+        text.append(f"\n  {error.where}", style="default")
+    if error.fix:
+        text.append("\n  fix: ", style="bold green").append(error.fix, style="default")
+    stderr().print(text, soft_wrap=True)
+
+
+def table(*columns: str, title: str | None = None, left: int = 1) -> Table:
+    """A plain table: the first ``left`` columns are text, the others numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None,
+                 header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))  # fmt: skip
+    for place, name in enumerate(columns):
+        text = place < left
+        made.add_column(name, justify="left" if text else "right", no_wrap=not text,
+                        overflow="fold", ratio=None)  # fmt: skip
+    return made
+
+
+def count(number: float | None) -> str:
+    """``22.7 M``; empty for None."""
+    if number is None:
+        return ""
+    for size, prefix in _PREFIXES:
+        if number >= size:
+            return (
+                f"{number / size:.3g} {prefix}"
+                if number < 999.5 * size
+                else f"{number / size:.0f} {prefix}"
+            )
+    return f"{number:g}"
+
+
+def megabytes(size: float) -> str:
+    """``90.9``, in millions of bytes; small sizes with more digits."""
+    number = size / 1e6
+    return f"{number:,.1f}" if number >= 0.1 else f"{number:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """``1.2 s``, ``3.4 ms``, ``56 us``."""
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+
+
+def small(number: float) -> str:
+    """``0``, ``3.1e-07`` or ``0.0123``: an error with two or three digits."""
+    if number == 0:
+        return "0"
+    return f"{number:.1e}" if number < 1e-3 else f"{number:.3g}"

@@ -1,0 +1,134 @@
+"""What runs a program: its graph in torch, or its ``model.onnx`` in onnxruntime.
+
+Both are called with tensors by name and answer with tensors by name, so that
+everything above (embedding, generating, evaluating, measuring) is written once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ftc.graph.bundle import is_bundle, load_bundle
+from ftc.graph.errors import UsageError
+from ftc.graph.program import Program
+from ftc.graph.sources import capture
+
+EngineName = Literal["onnx", "torch"]
+MODEL = "model.onnx"
+
+
+class Engine(Protocol):
+    """Runs one program.
+
+    Attributes:
+        program: for its signature and its tokenizer.
+        label: what runs it, in words: engine, version, threads.
+    """
+
+    program: Program
+    label: str
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class TorchEngine:
+    """The graph in torch, without gradients."""
+
+    program: Program
+
+    @property
+    def label(self) -> str:
+        """``torch 2.13.0, 2 threads``"""
+        version = torch.__version__.split("+")[0]
+        return f"torch {version}, {_threads(torch.get_num_threads())}"
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name."""
+        with torch.no_grad():
+            return self.program(inputs)
+
+
+class OnnxEngine:
+    """An ONNX file in onnxruntime on the CPU.
+
+    Args:
+        program: the program that the file was lowered from.
+        path: the file.
+        threads: how many; by default those that torch has.
+    """
+
+    def __init__(self, program: Program, path: Path, threads: int | None = None) -> None:
+        import onnxruntime
+
+        from .session import OnnxSession
+
+        used = threads or torch.get_num_threads()
+        self.program = program
+        self.session: Any = OnnxSession(path, threads=used)
+        self.label = f"onnxruntime {onnxruntime.__version__}, {_threads(used)}"
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name."""
+        self.program.signature.bind(inputs)
+        found: dict[str, Tensor] = self.session(inputs)
+        return found
+
+
+def set_threads(threads: int | None) -> None:
+    """Uses this many threads in torch, and from now on as the default of onnxruntime.
+
+    Raises:
+        UsageError: for a number that makes no sense.
+    """
+    if threads is None:
+        return
+    if not 1 <= threads <= 4 * (os.cpu_count() or 1):
+        raise UsageError(f"{threads} threads on {os.cpu_count()} cores", fix="use 1 or more")
+    torch.set_num_threads(threads)
+
+
+def open_engine(
+    source: str, engine: EngineName | None = None, *, task: str | None = None, trust: bool = False
+) -> Engine:
+    """Opens what the user named.
+
+    Args:
+        source: a bundle, or a model that can be captured (in torch only).
+        engine: by default onnxruntime for a bundle that has ``model.onnx``, else torch.
+        task, trust: as for capture.
+
+    Raises:
+        UsageError: for onnxruntime without a ``model.onnx``.
+        SourceError, CaptureError, BundleError: as capture does.
+    """
+    path = Path(source).expanduser()
+    if not is_bundle(path):
+        if engine == "onnx":
+            raise UsageError(
+                f"{source} is no bundle: there is no {MODEL} to run",
+                fix=f"ftc compile {source} --passes cleanup -o OUT, or --engine torch",
+            )
+        return TorchEngine(capture(source, task=task, trust=trust))
+    program = load_bundle(path)
+    lowered = path / MODEL
+    if engine == "torch" or (engine is None and not lowered.is_file()):
+        return TorchEngine(program)
+    if not lowered.is_file():
+        raise UsageError(
+            f"{source} has no {MODEL}", fix=f"ftc export {source} -o FILE.onnx, or --engine torch"
+        )
+    return OnnxEngine(program, lowered)
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' if number > 1 else ''}"

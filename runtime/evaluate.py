@@ -1,0 +1,287 @@
+"""Evaluation on data: perplexity, accuracy, and the cosine of embeddings.
+
+    perplexity = exp( - 1/N sum_i log p(token_i | tokens before it in its window) )
+
+over windows of ``length`` tokens that do not overlap, padding left out. Accuracy
+is the share of texts whose likeliest label is the one in the file. Cosine
+compares sentence embeddings with those of another program, text by text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftc.graph.errors import UsageError, nearest
+from ftc.graph.program import Program
+
+from .engine import Engine
+from .predict import embed, labels, logits_output
+from .text import encode, need_tokenizer, pad, read_file
+
+METRICS = ("perplexity", "accuracy", "cosine")
+WINDOW = 128
+_TASKS = {"perplexity": "causal-lm", "accuracy": "sequence-classification",
+          "cosine": "feature-extraction"}  # fmt: skip
+_BATCH = {"perplexity": 4, "accuracy": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One text, its label where the file has one, and where it stands."""
+
+    text: str
+    label: str | int | None
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One metric of one program, beside that of another where one was given.
+
+    Attributes:
+        metric: its name.
+        value: of the program.
+        against: of the other program; None without one, and for ``cosine``.
+        details: further numbers: tokens, texts, the smallest cosine, agreement.
+        engines: what ran it, in words.
+        data: what it was measured on, in words.
+    """
+
+    metric: str
+    value: float
+    against: float | None
+    details: dict[str, float | int]
+    engines: tuple[str, ...]
+    data: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Texts of a file: one JSON object a line in ``.jsonl``, else paragraphs.
+
+    Raises:
+        UsageError: naming the file and line of a row that cannot be used.
+    """
+    body = read_file(path)
+    if path.suffix in (".jsonl", ".ndjson"):
+        lines = enumerate(body.splitlines(), 1)
+        found = [_row(line, f"{path}:{n}") for n, line in lines if line.strip()]
+    else:
+        found, start = [], 1
+        for block in body.split("\n\n"):
+            if block.strip():
+                found.append(Example(" ".join(block.split()), None, f"{path}:{start}"))
+            start += block.count("\n") + 2
+    if not found:
+        raise UsageError(f"{path} is empty", fix="write a text, or JSON objects one a line")
+    return found
+
+
+def _row(line: str, place: str) -> Example:
+    fix = '{"text": "...", "label": "..."} on every line'
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"not a JSON object: {error}", where=place, fix=fix) from None
+    if not isinstance(row, dict):
+        raise UsageError(f"a JSON object is wanted, not {type(row).__name__}", where=place, fix=fix)
+    text = row.get("text")
+    if not isinstance(text, str) or not text.strip():
+        found = f"the row has {', '.join(map(repr, row)) or 'no field'}"
+        raise UsageError(
+            'the field "text" is missing or empty', where=f"{place} | {found}", fix=fix
+        )
+    label = row.get("label")
+    if not (label is None or isinstance(label, (str, int))) or isinstance(label, bool):
+        raise UsageError(f'"label" is {label!r}', where=place, fix="a name or a number")
+    return Example(text, label, place)
+
+
+def evaluate(
+    engine: Engine,
+    path: Path,
+    metric: str,
+    *,
+    against: Engine | None = None,
+    length: int = WINDOW,
+    limit: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Evaluation:
+    """One metric of a program on the texts of a file.
+
+    Args:
+        engine: the program.
+        path: a text, or JSONL with ``text`` and ``label``.
+        metric: one of :data:`METRICS`.
+        against: another program on the same data; ``cosine`` needs one.
+        length: tokens in a window of ``perplexity``.
+        limit: stop after this many texts, or windows.
+        progress: told what runs.
+
+    Raises:
+        UsageError: when metric, program and data do not fit together.
+    """
+    if metric not in METRICS:
+        raise UsageError(f"unknown metric {metric!r}", fix=nearest(metric, METRICS))
+    if metric == "cosine" and against is None:
+        raise UsageError("cosine compares two programs", fix="--against MODEL")
+    for each in (engine, against):
+        if each is not None:
+            _check_task(each.program, metric)
+    examples = read_examples(path)
+    measure = {"perplexity": _perplexities, "accuracy": _accuracies, "cosine": _cosines}[metric]
+    engines = [engine] if against is None else [engine, against]
+    values, details, data = measure(engines, examples, length, limit, progress)
+    other = values[1] if len(values) > 1 else None
+    return Evaluation(
+        metric, values[0], other, details, tuple(e.label for e in engines), f"{path.name}: {data}"
+    )
+
+
+def _check_task(program: Program, metric: str) -> None:
+    task = program.signature.task
+    if task != _TASKS[metric]:
+        fitting = next((m for m, t in _TASKS.items() if t == task), None)
+        raise UsageError(
+            f"{metric} is for {_TASKS[metric]}, and this program is for {task}",
+            fix=f"--metric {fitting}" if fitting else "evaluate it in Python",
+        )
+
+
+Measured = tuple[list[float], dict[str, float | int], str]
+Progress = Callable[[str], None]
+
+
+def _perplexities(
+    engines: Sequence[Engine],
+    examples: Sequence[Example],
+    length: int,
+    limit: int | None,
+    progress: Progress,
+) -> Measured:
+    found = need_tokenizer(engines[0].program)
+    bound = engines[0].program.signature.limits.get("sequence", length)
+    stream = found("\n\n".join(e.text for e in examples), add_special_tokens=False)["input_ids"]
+    size = min(length, bound)
+    windows = [stream[i : i + size] for i in range(0, len(stream), size)]
+    windows = [w for w in windows if len(w) > 1][:limit]
+    if not windows:
+        raise UsageError("the text has fewer than two tokens", fix="give more text")
+    tokens = sum(len(w) - 1 for w in windows)
+    values = [math.exp(negative_log_likelihood(e, windows, found, progress) / tokens)
+              for e in engines]  # fmt: skip
+    details: dict[str, float | int] = {"tokens": tokens, "windows": len(windows), "window": size}
+    if len(values) > 1:
+        details["ratio"] = values[0] / values[1]
+    return values, details, f"{tokens:,} tokens in {len(windows)} windows of {size}"
+
+
+def negative_log_likelihood(
+    engine: Engine,
+    windows: Sequence[Sequence[int]],
+    found: Any,
+    progress: Progress = lambda _: None,
+) -> float:
+    """Sum of ``-log p`` over every token of every window but its first, in nats."""
+    name, total = logits_output(engine.program), 0.0
+    groups: dict[int, list[Sequence[int]]] = {}
+    for window in windows:
+        groups.setdefault(len(window), []).append(window)
+    done = 0
+    for group in groups.values():
+        for start in range(0, len(group), _BATCH["perplexity"]):
+            batch = group[start : start + _BATCH["perplexity"]]
+            inputs = pad(batch, engine.program.signature, found)
+            logits = engine(inputs)[name]
+            for row, ids in zip(logits, inputs["input_ids"], strict=True):
+                chosen = row[:-1].gather(1, ids[1:, None])[:, 0].double()
+                total += float((row[:-1].double().logsumexp(-1) - chosen).sum())
+            done += len(batch)
+            progress(f"perplexity: {done} of {len(windows)} windows ({engine.label})")
+    return total
+
+
+def _accuracies(
+    engines: Sequence[Engine],
+    examples: Sequence[Example],
+    length: int,
+    limit: int | None,
+    progress: Progress,
+) -> Measured:
+    chosen = examples[:limit]
+    wanted = [_label_id(example, labels(engines[0].program)) for example in chosen]
+    guesses = [_predicted(engine, [e.text for e in chosen], progress) for engine in engines]
+    values = [sum(a == b for a, b in zip(g, wanted, strict=True)) / len(wanted) for g in guesses]
+    details: dict[str, float | int] = {"texts": len(chosen)}
+    if len(guesses) > 1:
+        same = sum(a == b for a, b in zip(*guesses, strict=True))
+        details["agreement"] = same / len(chosen)
+    return values, details, f"{len(chosen):,} texts"
+
+
+def _label_id(example: Example, names: dict[int, str]) -> int:
+    by_name = {name.lower(): number for number, name in names.items()}
+    if example.label is None:
+        raise UsageError(
+            'accuracy needs the field "label"',
+            where=example.place,
+            fix='{"text": "...", "label": "..."} on every line',
+        )
+    if isinstance(example.label, int):
+        if names and example.label not in names:
+            raise UsageError(
+                f"label {example.label} is not one of the model's",
+                where=example.place,
+                fix=f"0 to {max(names)}",
+            )
+        return example.label
+    if example.label.lower() not in by_name:
+        raise UsageError(
+            f"label {example.label!r} is not one of the model's",
+            where=example.place,
+            fix=nearest(example.label, names.values()),
+        )
+    return by_name[example.label.lower()]
+
+
+def _predicted(engine: Engine, texts: Sequence[str], progress: Progress) -> list[int]:
+    found, name = need_tokenizer(engine.program), engine.program.signature.output_names[0]
+    predicted: list[int] = []
+    for start in range(0, len(texts), _BATCH["accuracy"]):
+        batch = texts[start : start + _BATCH["accuracy"]]
+        logits = engine(encode(found, engine.program.signature, batch))[name]
+        predicted += logits.argmax(-1).tolist()
+        progress(f"accuracy: {len(predicted)} of {len(texts)} texts ({engine.label})")
+    return predicted
+
+
+def _cosines(
+    engines: Sequence[Engine],
+    examples: Sequence[Example],
+    length: int,
+    limit: int | None,
+    progress: Progress,
+) -> Measured:
+    texts = [example.text for example in examples[:limit]]
+    vectors = []
+    for engine in engines:
+        progress(f"embedding {len(texts)} texts ({engine.label})")
+        vectors.append(embed(engine, texts)[0].double())
+    if vectors[0].shape != vectors[1].shape:
+        raise UsageError(
+            f"embeddings of width {vectors[0].shape[1]} and {vectors[1].shape[1]}",
+            fix="compare programs of one model",
+        )
+    found = torch.nn.functional.cosine_similarity(*vectors, dim=-1)
+    details: dict[str, float | int] = {"texts": len(texts), "least": float(found.min())}
+    return [float(found.mean())], details, f"{len(texts):,} texts"

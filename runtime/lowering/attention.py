@@ -1,0 +1,142 @@
+"""Scaled dot-product attention.
+
+    y = softmax(scale * q k^T + mask) v,        q, k, v  [batch, heads, length, dim]
+
+One ``Attention`` operator. Heads that were split from ``[batch, length, width]``
+by a reshape and a transpose are given to it unsplit, which is its fastest form,
+and keys or values that were repeated over groups of heads are given unrepeated.
+A row whose mask excludes everything is 0, as in torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from onnx_ir import Value
+
+from .emitter import Emitter
+from .table import Unsupported, lowers
+
+aten = torch.ops.aten
+
+_HEADS_FIRST = [0, 2, 1, 3]
+
+
+@lowers(aten.scaled_dot_product_attention.default)
+def attention(
+    e: Emitter, query: Value, key: Value, value: Value, attn_mask: Value | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Value:  # fmt: skip
+    if dropout_p > 0:
+        raise Unsupported("dropout inside attention (lower the program in eval mode)")
+    width = e.dims(query)[-1]
+    if scale is None:
+        if not isinstance(width, int):
+            raise Unsupported("a symbolic head dimension")
+        scale = 1 / math.sqrt(width)
+    if e.rank(query) != 4 or e.dtype(query) != torch.float32:
+        return _plain(e, query, key, value, attn_mask, is_causal, scale)
+    key, value = _shared(e, key, value)
+    mask = None if attn_mask is None else _mask(e, attn_mask, e.dims(query)[2], e.dims(key)[2])
+    how = {"scale": float(scale), "is_causal": int(is_causal)}
+    merged = [_merged(e, x) for x in (query, key, value)]
+    if all(m is not None for m in merged):
+        return _of_merged(e, merged, mask, query, key, value, how)
+    return e.op("Attention", query, key, value, mask, **how)
+
+
+def _of_merged(
+    e: Emitter, merged: list[Any], mask: Value | None, query: Value, key: Value, value: Value,
+    how: dict[str, Any],
+) -> Value:  # fmt: skip
+    """Attention on ``[batch, length, heads * dim]``; the result's heads are split for its reader."""
+    batch, heads, length, _ = e.dims(query)
+    depth = e.dims(value)[3]
+    y = e.op("Attention", *merged, mask, q_num_heads=heads, kv_num_heads=e.dims(key)[1],
+             dims=(batch, length, heads * depth), **how)  # fmt: skip
+    return e.transpose(e.reshape(y, [batch, length, heads, depth]), _HEADS_FIRST)
+
+
+def _merged(e: Emitter, x: Value) -> Value | None:
+    """``[batch, length, heads * dim]`` when ``x`` is that with its heads split off."""
+    maker = x.producer()
+    if maker is None or maker.op_type != "Transpose":
+        return None
+    if maker.attributes["perm"].as_ints() != _HEADS_FIRST:
+        return None
+    batch, heads, length, depth = e.dims(x)
+    if not isinstance(heads, int) or not isinstance(depth, int):
+        return None
+    return e.reshape(maker.inputs[0], [batch, length, heads * depth])
+
+
+def _shared(e: Emitter, key: Value, value: Value) -> tuple[Value, Value]:
+    """Keys and values before they were repeated for groups of heads, where both were."""
+    own_key, own_value = _unrepeated(e, key), _unrepeated(e, value)
+    if own_key is None or own_value is None or e.dims(own_key)[1] != e.dims(own_value)[1]:
+        return key, value
+    return own_key, own_value
+
+
+def _unrepeated(e: Emitter, x: Value) -> Value | None:
+    """The source of ``reshape(expand(x[:, :, None], [.., groups, ..]))``."""
+    maker = x.producer()
+    if maker is None or maker.op_type != "Reshape":
+        return None
+    spread = maker.inputs[0]
+    assert spread is not None
+    wider = spread.producer()
+    if wider is None or wider.op_type != "Expand":
+        return None
+    source = wider.inputs[0]
+    assert source is not None
+    before, after = e.dims(source), e.dims(spread)
+    if len(after) != 5 or before != (*after[:2], 1, *after[3:]):
+        return None
+    batch, heads, groups, length, depth = after
+    if e.dims(x) != (batch, heads * groups, length, depth):
+        return None
+    return e.reshape(source, [batch, heads, length, depth])
+
+
+def _mask(e: Emitter, mask: Value, rows: Any, columns: Any) -> Value:
+    """A mask ``[rows, columns]`` or with two dimensions before; onnxruntime broadcasts only these."""
+    dims = list(e.dims(mask))
+    if dims[-2:] != [rows, columns]:
+        mask = e.expand(mask, [*dims[:-2], rows, columns])
+    return e.unsqueeze(mask, 0) if len(dims) == 3 else mask
+
+
+def _plain(
+    e: Emitter, query: Value, key: Value, value: Value, mask: Value | None, causal: bool,
+    scale: float,
+) -> Value:  # fmt: skip
+    """The formula in products and a softmax, for any rank and any float type."""
+    rank, dtype = e.rank(key), e.dtype(query)
+    if rank > 2 and e.dims(query)[-3] != e.dims(key)[-3]:
+        raise Unsupported("shared keys in an attention that is not four-dimensional float32")
+    swapped = e.transpose(key, [*range(rank - 2), rank - 1, rank - 2])
+    scores = e.op("MatMul", e.op("Mul", query, e.const(scale, dtype)), swapped)
+    if causal:
+        mask = _causal(e, e.dims(query)[-2], e.dims(key)[-2])
+    if mask is None:
+        weights = e.op("Softmax", scores, axis=-1)
+    elif e.dtype(mask) == torch.bool:
+        low = e.const(torch.finfo(dtype).min, dtype)
+        weights = e.op("Softmax", e.op("Where", mask, scores, low), axis=-1)
+        weights = e.op("Where", mask, weights, e.const(0, dtype))
+    else:
+        weights = e.op("Softmax", e.op("Add", scores, mask), axis=-1)
+        weights = e.op("Where", e.op("IsNaN", weights), e.const(0, dtype), weights)
+    return e.op("MatMul", weights, value)
+
+
+def _causal(e: Emitter, rows: Any, columns: Any) -> Value:
+    """True where the column is not after the row."""
+    zero, one = e.const(0, torch.int64), e.const(1, torch.int64)
+    ends = [e.op("Squeeze", e.sizes.value(n), [0]) for n in (rows, columns)]
+    row, column = (e.op("Range", zero, end, one) for end in ends)
+    return e.op("LessOrEqual", e.unsqueeze(column, 0), e.unsqueeze(row, 1))

@@ -1,0 +1,117 @@
+"""Normalisations and softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from onnx_ir import Value
+
+from .emitter import Emitter
+from .table import Unsupported, lowers
+
+aten = torch.ops.aten
+
+
+@lowers(aten.layer_norm.default)
+def layer_norm(
+    e: Emitter, x: Value, normalized_shape: Sequence[int], weight: Value | None = None,
+    bias: Value | None = None, eps: float = 1e-5, cudnn_enable: bool = True,
+) -> Value:  # fmt: skip
+    _keep_addition_apart(e, x)
+    if weight is None:
+        weight = e.const(torch.ones(tuple(normalized_shape)), e.dtype(x))
+    return e.op("LayerNormalization", x, weight, bias, axis=-len(normalized_shape), epsilon=eps)
+
+
+@lowers(aten.native_layer_norm.default)
+def native_layer_norm(
+    e: Emitter, x: Value, normalized_shape: Sequence[int], weight: Value | None,
+    bias: Value | None, eps: float,
+) -> Sequence[Value | None]:  # fmt: skip
+    out = e.out
+    e.out = out[0]
+    return [layer_norm(e, x, normalized_shape, weight, bias, eps), None, None]
+
+
+def _keep_addition_apart(e: Emitter, x: Value) -> None:
+    """Says ``a + b`` before a norm as ``Sum(a, b)``, and ``(a + bias) + b`` as one sum.
+
+    onnxruntime fuses ``Add`` and ``LayerNormalization`` into an operator that is
+    4 to 6 times slower on a CPU than the two; it does not know ``Sum``.
+    """
+    maker = x.producer()
+    if maker is None or maker.op_type != "Add" or not e.out.dtype.is_floating_point:
+        return
+    maker.op_type = "Sum"
+
+
+@lowers(aten.rms_norm.default)
+def rms_norm(
+    e: Emitter, x: Value, normalized_shape: Sequence[int], weight: Value | None = None,
+    eps: float | None = None,
+) -> Value:  # fmt: skip
+    if weight is None:
+        weight = e.const(torch.ones(tuple(normalized_shape)), e.dtype(x))
+    epsilon = torch.finfo(e.dtype(x)).eps if eps is None else eps
+    return e.op("RMSNormalization", x, weight, axis=-len(normalized_shape), epsilon=epsilon)
+
+
+@lowers(aten.batch_norm.default, aten.instance_norm.default)
+def batch_norm(
+    e: Emitter, x: Value, weight: Value | None, bias: Value | None, mean: Value | None,
+    var: Value | None, training: bool, momentum: float, eps: float, cudnn_enabled: bool = False,
+) -> Value:  # fmt: skip
+    channels = e.dims(x)[1]
+    if not isinstance(channels, int):
+        raise Unsupported("a symbolic number of channels")
+    ones, zeros = torch.ones(channels), torch.zeros(channels)
+    weight = weight if weight is not None else e.const(ones, e.dtype(x))
+    bias = bias if bias is not None else e.const(zeros, e.dtype(x))
+    if e.node is not None and e.node.target is aten.instance_norm.default:
+        if mean is not None and not training:
+            raise Unsupported("instance_norm with running statistics")
+        return e.op("InstanceNormalization", x, weight, bias, epsilon=eps)
+    if training or mean is None or var is None:
+        raise Unsupported("batch_norm with the statistics of the batch (lower it in eval mode)")
+    return e.op("BatchNormalization", x, weight, bias, mean, var, epsilon=eps)
+
+
+@lowers(aten.group_norm.default)
+def group_norm(
+    e: Emitter, x: Value, num_groups: int, weight: Value | None = None, bias: Value | None = None,
+    eps: float = 1e-5, cudnn_enabled: bool = True,
+) -> Value:  # fmt: skip
+    dims, dtype = e.dims(x), e.dtype(x)
+    elements = math.prod(dims[1:])
+    groups = e.reshape(x, [dims[0], num_groups, elements // num_groups])
+    ones = e.const(torch.ones(num_groups), dtype)
+    zeros = e.const(torch.zeros(num_groups), dtype)
+    normal = e.op("InstanceNormalization", groups, ones, zeros, epsilon=eps, dims=e.dims(groups))
+    y = e.reshape(normal, dims)
+    per_channel = [dims[1], *[1] * (len(dims) - 2)]
+    if weight is not None:
+        y = e.op("Mul", y, e.reshape(weight, per_channel))
+    return y if bias is None else e.op("Add", y, e.reshape(bias, per_channel))
+
+
+@lowers(aten.softmax.int)
+def softmax(e: Emitter, x: Value, dim: int, dtype: Any = None) -> Value:
+    return e.op("Softmax", e.cast(x, e.out.dtype), axis=dim)
+
+
+@lowers(aten._softmax.default)
+def core_softmax(e: Emitter, x: Value, dim: int, half_to_float: bool) -> Value:
+    return softmax(e, x, dim)
+
+
+@lowers(aten.log_softmax.int)
+def log_softmax(e: Emitter, x: Value, dim: int, dtype: Any = None) -> Value:
+    return e.op("LogSoftmax", e.cast(x, e.out.dtype), axis=dim)
+
+
+@lowers(aten._log_softmax.default)
+def core_log_softmax(e: Emitter, x: Value, dim: int, half_to_float: bool) -> Value:
+    return log_softmax(e, x, dim)

@@ -1,0 +1,201 @@
+"""What a program says to a text: an embedding, a filled gap, a continuation, a label.
+
+Which of them is asked is the program's task; how its outputs are read follows
+from their shapes, not from their names:
+
+==========================  ==============================================
+``feature-extraction``      the states ``[batch, sequence, width]``, averaged
+                            over the mask (or the first token, where the
+                            model's own pooling file says so), length 1
+``masked-lm, pretraining``  the most likely words at every mask token
+``causal-lm``               the most likely next token, again and again; the
+                            whole sequence is computed anew for each
+``…-classification``        probabilities by the configuration's labels
+==========================  ==============================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftc.graph.errors import UsageError
+from ftc.graph.program import Program
+
+from .engine import Engine
+from .text import encode, need_tokenizer, pad, rows
+
+TEXT_TASKS = ("feature-extraction", "masked-lm", "pretraining", "causal-lm",
+              "sequence-classification", "token-classification")  # fmt: skip
+_BEST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """One answer and its probability."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A token or a whole text, and the labels that fit it, the most likely first."""
+
+    text: str
+    guesses: tuple[Guess, ...]
+
+
+def check_text_task(program: Program) -> None:
+    """Raises UsageError where text cannot be asked of the program."""
+    task = program.signature.task
+    if task not in TEXT_TASKS:
+        raise UsageError(
+            f"a program of task {task!r} does not take text",
+            fix="give tensors: --input FILE.npz or --input FILE.safetensors",
+        )
+
+
+def embed(engine: Engine, texts: Sequence[str], *, batch: int = 16) -> tuple[Tensor, str]:
+    """Sentence embeddings ``[len(texts), width]`` of length 1, and how they were pooled."""
+    program = engine.program
+    found, name = need_tokenizer(program), states_output(program)
+    first = _pools_first_token(program)
+    vectors = []
+    for start in range(0, len(texts), batch):
+        inputs = encode(found, program.signature, texts[start : start + batch])
+        states = engine(inputs)[name].float()
+        weight = _mask(program, inputs, states).unsqueeze(-1)
+        pooled = states[:, 0] if first else (states * weight).sum(1) / weight.sum(1)
+        vectors.append(torch.nn.functional.normalize(pooled, dim=-1))
+    return torch.cat(vectors), "first token" if first else "mean over the mask"
+
+
+def fill_masks(engine: Engine, text: str) -> list[Labelled]:
+    """The likeliest tokens at each mask token of ``text``, which come labelled by the text before it.
+
+    Raises:
+        UsageError: when the text has no mask token.
+    """
+    found = need_tokenizer(engine.program)
+    mask_id = getattr(found, "mask_token_id", None)
+    if mask_id is None:
+        raise UsageError("the tokenizer has no mask token", fix="use a tokenizer of a masked model")
+    inputs = encode(found, engine.program.signature, [text])
+    places = (inputs["input_ids"][0] == mask_id).nonzero().flatten().tolist()
+    if not places:
+        raise UsageError(
+            f"the text has no {found.mask_token} to fill",
+            fix=f'--text "Paris is the {found.mask_token} of France."',
+        )
+    logits = engine(inputs)[logits_output(engine.program)][0].float()
+    filled = []
+    for number, place in enumerate(places, 1):
+        best = logits[place].softmax(-1).topk(_BEST)
+        guesses = [Guess(found.decode([i]).strip(), float(p))
+                   for p, i in zip(best.values, best.indices.tolist(), strict=True)]  # fmt: skip
+        filled.append(Labelled(f"{found.mask_token} {number}", tuple(guesses)))
+    return filled
+
+
+def generate(engine: Engine, text: str, *, most: int) -> Iterator[str]:
+    """Pieces of the greedy continuation of ``text``, at most ``most`` tokens, as they come.
+
+    Ends early at the end-of-text token, or at the longest sequence of the program.
+    """
+    program = engine.program
+    found, name = need_tokenizer(program), logits_output(program)
+    tokens = rows(found, program.signature, [text])[0]
+    start, limit = len(tokens), program.signature.limits.get("sequence")
+    shown = ""
+    while len(tokens) < start + most and (limit is None or len(tokens) < limit):
+        logits = engine(pad([tokens], program.signature, found))[name]
+        token = int(logits[0, -1].argmax())
+        if token == found.eos_token_id:
+            break
+        tokens.append(token)
+        whole = found.decode(tokens[start:])
+        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
+            yield whole[len(shown) :]
+            shown = whole
+
+
+def classify(engine: Engine, text: str) -> list[Labelled]:
+    """Labels with probabilities: of the whole text, or of each of its tokens."""
+    program = engine.program
+    found, names = need_tokenizer(program), labels(program)
+    inputs = encode(found, program.signature, [text])
+    logits = engine(inputs)[program.signature.output_names[0]][0].float()
+    if program.signature.task == "sequence-classification":
+        return [_label(text, logits, names)]
+    tokens = found.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+    return [_label(token, row, names) for token, row in zip(tokens, logits, strict=True)]
+
+
+def labels(program: Program) -> dict[int, str]:
+    """``id2label`` of the configuration that came with the model; empty where there is none."""
+    config = _asset(program, "config.json")
+    named = config.get("id2label") if isinstance(config, dict) else None
+    return {int(k): str(v) for k, v in named.items()} if isinstance(named, dict) else {}
+
+
+def states_output(program: Program) -> str:
+    """The output that holds one vector a token.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    return _token_output(program, "no output holds one vector a token: nothing to pool")
+
+
+def logits_output(program: Program) -> str:
+    """The output that holds scores of the vocabulary for each token.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    return _token_output(program, "no output holds scores for each token")
+
+
+def _token_output(program: Program, otherwise: str) -> str:
+    leading = program.signature.inputs[0].shape[:2]
+    for spec in program.signature.outputs:
+        if len(spec.shape) == 3 and spec.shape[:2] == leading:
+            return spec.name
+    names = ", ".join(program.signature.output_names)
+    raise UsageError(f"{otherwise}; outputs: {names}", fix="give tensors: --input FILE.npz")
+
+
+def _mask(program: Program, inputs: dict[str, Tensor], states: Tensor) -> Tensor:
+    for spec in program.signature.inputs:
+        if spec.role == "mask":
+            return inputs[spec.name].to(states.dtype)
+    return torch.ones(states.shape[:2])
+
+
+def _pools_first_token(program: Program) -> bool:
+    """Whether the model's own pooling file asks for the first token instead of the mean."""
+    pooling = _asset(program, "1_Pooling/config.json")
+    return isinstance(pooling, dict) and bool(pooling.get("pooling_mode_cls_token"))
+
+
+def _asset(program: Program, name: str) -> Any:
+    if program.assets is None or not (program.assets / name).is_file():
+        return None
+    try:
+        return json.loads((program.assets / name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{program.assets / name} is not valid JSON: {error}", fix="correct it"
+        ) from None
+
+
+def _label(text: str, logits: Tensor, names: dict[int, str]) -> Labelled:
+    best = logits.softmax(-1).topk(min(_BEST, len(logits)))
+    return Labelled(text, tuple(Guess(names.get(i, f"label {i}"), float(p))
+                    for p, i in zip(best.values, best.indices.tolist(), strict=True)))  # fmt: skip

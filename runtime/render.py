@@ -1,0 +1,252 @@
+"""Results as tables for people. Every number says what it was measured on and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+
+from ftc.graph.printer import print_graph
+from ftc.graph.program import Drift, PassRecord, Program
+from ftc.passes.registry import Description
+
+from .bench import Comparison, Latency, format_sizes
+from .console import count, duration, megabytes, small, table
+from .evaluate import Evaluation
+from .measure import Timing
+from .predict import Labelled
+from .report import ORIGINAL, CompileReport, Plan, Step
+from .summary import Row, Summary, Weight
+
+_NEXT = {
+    "feature-extraction": 'ftc run {out} --text "A man is eating." --text "Someone has lunch."',
+    "masked-lm": 'ftc run {out} --text "Paris is the [MASK] of France."',
+    "pretraining": 'ftc run {out} --text "Paris is the [MASK] of France."',
+    "causal-lm": 'ftc run {out} --text "The capital of France is"',
+    "sequence-classification": 'ftc run {out} --text "I like it."',
+    "token-classification": 'ftc run {out} --text "Ada lives in London."',
+}
+
+
+def render_report(report: CompileReport, console: Console, *, timing: bool = False) -> None:
+    """The table of steps, latency, notes, and what to do next."""
+    console.print(
+        f"[bold]{escape(report.source)}[/] → [bold]{escape(report.out)}[/]  {report.task}\n"
+    )
+    console.print(_steps(report.steps))
+    console.print(
+        f"[dim]MB: millions of bytes. ops: multiply-adds at {format_sizes(dict(report.sizes))}. "
+        f"drift: relative error against the step before.[/]\n"
+    )
+    _total(report.total, console)
+    _latencies(report.latencies, *report.engines, ("original", "result"), console)
+    _notes(report, console)
+    if timing:
+        _phases(report, console)
+    command = _NEXT.get(report.task, "ftc run {out} --input FILE.npz").format(out=report.out)
+    console.print(f"\nnext: [bold]{escape(command)}[/]", soft_wrap=True)
+
+
+def _steps(steps: Sequence[Step]) -> object:
+    made = table("step", "params", "MB", "ops", "drift", "cosine min", "time")
+    for step in steps:
+        made.add_row(
+            escape(step.name), count(step.parameters), megabytes(step.bytes),
+            count(step.operations), *_drift(step), duration(step.seconds),
+        )  # fmt: skip
+    return made
+
+
+def _drift(step: Step) -> tuple[str, str]:
+    if step.drift is None:
+        return ("" if step.name == ORIGINAL else "none", "")
+    exact = step.effect == "exact"
+    return small(step.drift.relative), "" if exact else f"{step.drift.cosine_min:.4f}"
+
+
+def _total(drift: Drift, console: Console) -> None:
+    console.print(
+        f"result against original: relative error [bold]{small(drift.relative)}[/], "
+        f"cosine mean {drift.cosine_mean:.4f}, min {drift.cosine_min:.4f}"
+    )
+    console.print(f"[dim]drift was measured on {escape(drift.inputs)}[/]\n")
+
+
+def _latencies(
+    latencies: Iterable[Latency], base: str, other: str, names: tuple[str, str], console: Console
+) -> None:
+    made = table("latency", f"{names[0]}", f"{names[1]}", "speed")
+    for each in latencies:
+        made.add_row(format_sizes(each.sizes), _timing(each.base), _timing(each.other),
+                     _speed(each.speedup))  # fmt: skip
+    console.print(made)
+    console.print(f"[dim]median (quartiles), interleaved. {names[0]}: {escape(base)}; "
+                  f"{names[1]}: {escape(other)}[/]")  # fmt: skip
+
+
+def _timing(timing: Timing) -> str:
+    low, high = timing.quartiles
+    return f"{duration(timing.median)} ({duration(low)} to {duration(high)})"
+
+
+def _speed(speedup: float) -> str:
+    if speedup >= 1:
+        return f"[green]{speedup:.2f}× faster[/]"
+    return f"[yellow]{1 / speedup:.2f}× slower[/]"
+
+
+def _notes(report: CompileReport, console: Console) -> None:
+    lines = [("capture", note) for note in report.notes]
+    lines += [(step.name, note) for step in report.steps for note in step.notes]
+    if lines:
+        console.print()
+    for name, note in lines:
+        console.print(Padding(f"[bold]{escape(name)}[/]: {escape(note)}", (0, 0, 0, 0)))
+
+
+def _phases(report: CompileReport, console: Console) -> None:
+    made = table("phase", "time", title="\ntime")
+    for name, seconds in report.seconds.items():
+        made.add_row(name, duration(seconds))
+    made.add_row("whole", duration(sum(report.seconds.values())), style="bold")
+    console.print(made)
+
+
+def render_plan(plan: Plan, console: Console) -> None:
+    """What a dry run found."""
+    original = plan.original
+    console.print(f"[bold]{escape(plan.source)}[/]  {plan.task}: {count(original.parameters)} "
+                  f"parameters, {megabytes(original.bytes)} MB")  # fmt: skip
+    console.print(f"would run  [bold]{escape(plan.pipeline)}[/]")
+    console.print(f"would save [bold]{escape(plan.out)}[/]")
+    for note in plan.notes:
+        console.print(f"capture: {escape(note)}")
+
+
+def render_summary(
+    summary: Summary,
+    console: Console,
+    *,
+    layers: bool = False,
+    weights: Sequence[Weight] | None = None,
+    graph: Program | None = None,
+) -> None:
+    """What a program is; with its layers, some of its weights, or its graph as text."""
+    if graph is not None:
+        console.file.write(print_graph(graph))
+        return
+    _head(summary, console)
+    console.print(_rows(summary.roles, "weights", operations=False))
+    if layers:
+        console.print()
+        console.print(_rows(summary.layers, "layer", operations=True))
+    if weights is not None:
+        console.print()
+        console.print(_weights(weights))
+    if summary.history:
+        console.print()
+        console.print(_history(summary.history))
+    for note in summary.notes:
+        console.print(f"[dim]{escape(note)}[/]")
+    if summary.files:
+        sizes = ", ".join(f"{n} {megabytes(s)}" for n, s in summary.files.items() if s > 5e4)
+        console.print(f"\n[dim]files (MB): {escape(sizes)}[/]")
+
+
+def _head(summary: Summary, console: Console) -> None:
+    console.print(
+        f"[bold]{escape(summary.source)}[/]  {summary.task}  [dim]{summary.fingerprint}[/]"
+    )
+    for word, specs in (("input", summary.inputs), ("output", summary.outputs)):
+        for name, spec in specs.items():
+            console.print(f"  {word:6} {escape(name)}: {escape(spec)}")
+    for name, limit in summary.limits.items():
+        console.print(f"  {name} is at most {limit}")
+    console.print(
+        f"  {count(summary.parameters)} parameters, {megabytes(summary.bytes)} MB, {summary.nodes} "
+        f"nodes, {count(summary.operations)} multiply-adds at {format_sizes(summary.sizes)}\n"
+    )
+
+
+def _rows(rows: Sequence[Row], name: str, *, operations: bool) -> object:
+    made = table(name, "tensors", "params", "MB", *(["ops"] if operations else []))
+    for row in rows:
+        extra = [count(row.operations)] if operations else []
+        made.add_row(escape(row.name), str(row.tensors), count(row.parameters),
+                     megabytes(row.bytes), *extra)  # fmt: skip
+    return made
+
+
+def _weights(weights: Sequence[Weight]) -> object:
+    made = table("weight", "role", "type", "shape", "kB", left=3)
+    for each in weights:
+        shape = " × ".join(map(str, each.shape))
+        made.add_row(escape(each.name), " ".join(each.roles), each.dtype, shape,
+                     f"{each.bytes / 1e3:,.1f}")  # fmt: skip
+    made.add_row(f"{len(weights)} weights", "", "", "", f"{sum(w.bytes for w in weights) / 1e3:,.1f}",
+                 style="bold")  # fmt: skip
+    return made
+
+
+def _history(history: Sequence[PassRecord]) -> object:
+    made = table("history", "rewrites", "params", "MB", "drift", "cosine min")
+    for each in history:
+        drift = each.drift
+        made.add_row(
+            escape(each.spec), str(each.modified), count(each.parameters), megabytes(each.bytes),
+            "none" if drift is None else small(drift.relative),
+            "" if drift is None or each.effect == "exact" else f"{drift.cosine_min:.4f}",
+        )  # fmt: skip
+    return made
+
+
+def render_comparison(found: Comparison, console: Console) -> None:
+    """Latencies of two programs."""
+    _latencies(found.latencies, found.base, found.other, ("against", "this"), console)
+    instructions = " ".join(found.machine["instructions"]) or "no vector instructions known"
+    console.print(f"[dim]{escape(found.machine['processor'])}, {found.machine['cores']} cores, "
+                  f"{instructions}[/]")  # fmt: skip
+
+
+def render_evaluation(found: Evaluation, console: Console) -> None:
+    """One metric, beside that of another program."""
+    console.print(f"{found.metric} [bold]{found.value:.4f}[/]  [dim]{escape(found.engines[0])}[/]")
+    if found.against is not None:
+        console.print(
+            f"against    [bold]{found.against:.4f}[/]  [dim]{escape(found.engines[1])}[/]"
+        )
+    for name, number in found.details.items():
+        console.print(
+            f"  {name}: {number:.4f}" if isinstance(number, float) else f"  {name}: {number:,}"
+        )
+    console.print(f"[dim]{escape(found.data)}[/]")
+
+
+def render_labels(found: Sequence[Labelled], console: Console) -> None:
+    """Labels with their probabilities, a line for each text, token or gap."""
+    made = table("text", "label", "probability", left=2)
+    for each in found:
+        for place, guess in enumerate(each.guesses):
+            made.add_row("" if place else escape(each.text), escape(guess.text),
+                         f"{guess.probability:.4f}")  # fmt: skip
+    console.print(made)
+
+
+def render_passes(passes: Sequence[Description], console: Console) -> None:
+    """All passes, one line each."""
+    made = table("pass", "effect", "what it does", left=3)
+    for each in passes:
+        made.add_row(f"[bold]{escape(each.name)}[/]", each.effect, escape(each.summary))
+    console.print(made)
+    console.print("\n[dim]ftc passes NAME shows a pass with its options[/]")
+
+
+def render_pass(found: Description, console: Console) -> None:
+    """One pass with every option."""
+    console.print(f"[bold]{escape(found.name)}[/] ({found.effect}): {escape(found.summary)}\n")
+    made = table("option", "default", "type", "what it does", left=4)
+    for each in found.options:
+        made.add_row(escape(each.name), escape(each.default), escape(each.type), escape(each.help))
+    console.print(made if found.options else "it has no options")

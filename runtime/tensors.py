@@ -1,0 +1,79 @@
+"""Tensors from files and to files, for programs that do not take text: ``.npz`` and ``.safetensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ftc.graph.errors import UsageError, nearest
+from ftc.graph.signature import Signature
+
+KINDS = (".npz", ".safetensors")
+
+
+def read_tensors(path: Path, signature: Signature | None = None) -> dict[str, Tensor]:
+    """Tensors of a file by name, nothing unpickled.
+
+    Args:
+        path: ``.npz`` or ``.safetensors``.
+        signature: check names, dtypes and ranks against it, converting integers and
+            floats of another width.
+
+    Raises:
+        UsageError: naming the file, for a wrong kind, a damaged one, or tensors that do not fit.
+    """
+    if path.suffix not in KINDS:
+        raise UsageError(f"{path} is no file of tensors", fix=f"use {' or '.join(KINDS)}")
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}", fix="name a file with the inputs by name")
+    try:
+        tensors = _load(path)
+    except Exception as error:  # each format has errors of its own
+        raise UsageError(f"{path} cannot be read: {error}", fix="save it again") from error
+    return tensors if signature is None else _fit(tensors, signature, path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors by name, as the suffix says.
+
+    Raises:
+        UsageError: for another suffix than ``.npz`` and ``.safetensors``.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+    elif path.suffix == ".npz":
+        import numpy as np
+
+        np.savez(path, **{n: t.numpy() for n, t in tensors.items()})
+    else:
+        raise UsageError(f"{path} is no file of tensors", fix=f"use {' or '.join(KINDS)}")
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return dict(load_file(path))
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def _fit(tensors: dict[str, Tensor], signature: Signature, path: Path) -> dict[str, Tensor]:
+    for name in tensors:
+        if name not in signature.input_names:
+            raise UsageError(
+                f"{path}: unknown input {name!r}", fix=nearest(name, signature.input_names)
+            )
+    for spec in signature.inputs:
+        given = tensors.get(spec.name)
+        if given is not None and given.is_floating_point() == spec.dtype.is_floating_point:
+            tensors[spec.name] = given.to(spec.dtype)
+    signature.bind(tensors)
+    return tensors
