@@ -122,7 +122,7 @@ class Pass(ABC):
         start = time.perf_counter()
         rw = Rewriter(program.clone(), self.spec)
         self.rewrite(rw, ctx)
-        if rw.modified:
+        if rw.modified and self.effect is not Effect.ANNOTATION:
             rw.finish()
         seconds = time.perf_counter() - start
         after = rw.program if rw.modified else program
@@ -185,7 +185,10 @@ class Pass(ABC):
         same = old.keys() == new.keys() and all(
             t.data_ptr() == new[name].data_ptr() for name, t in old.items()
         )
-        if not same or fingerprint(before) != fingerprint(after):
+        expected = before.clone()  # with what an annotation may change: who is trained
+        for name, parameter in expected.module.named_parameters():
+            parameter.requires_grad_(same and new[name].requires_grad)
+        if not same or fingerprint(expected) != fingerprint(after):
             raise PromiseError(
                 f"{self.spec} promises to change no arithmetic, and did",
                 fix="the pass is wrong: its effect is not ANNOTATION",

@@ -46,10 +46,9 @@ class Cleanup(Pass):
             if (same := _identity(node)) is not None:
                 rw.replace(node, same)
                 identities += 1
-            elif (key := _key(node)) is not None:
-                if (first := known.setdefault(key, node)) is not node:
-                    rw.replace(node, first)
-                    repeats += 1
+            elif (first := _first(known, node)) is not node:
+                rw.replace(node, first)
+                repeats += 1
         dead += _drop_dead(rw)
         for count, what in (
             (identities, "operators that did nothing"),
@@ -149,6 +148,12 @@ def _needs_strides(node: fx.Node) -> bool:
         if aliases and _needs_strides(user):
             return True
     return False
+
+
+def _first(known: dict[Hashable, fx.Node], node: fx.Node) -> fx.Node:
+    """The first node that computes what ``node`` does: ``node`` itself, if none did."""
+    key = _key(node)
+    return node if key is None else known.setdefault(key, node)
 
 
 def _key(node: fx.Node) -> Hashable | None:
