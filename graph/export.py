@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,8 +53,10 @@ def export(
                 if isinstance(module, nn.Dropout):
                     module.training = True
             program = _trace(model, inputs, dynamic, strict_dims, notes)
-            notes.append("captured in eval mode, since the train mode does not trace: only plain "
-                         "dropout layers can be switched on again for training")
+            notes.append(
+                "captured in eval mode, since the train mode does not trace: only plain "
+                "dropout layers can be switched on again for training"
+            )
             return program, notes
     finally:
         for module, mode in modes.items():
@@ -61,7 +64,10 @@ def export(
 
 
 def _trace(
-    model: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic, strict_dims: bool,
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    dynamic: Dynamic,
+    strict_dims: bool,
     notes: list[str],
 ) -> ExportedProgram:
     try:
@@ -80,16 +86,22 @@ def _trace(
 def _export(
     model: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic, kind: Any
 ) -> ExportedProgram:
-    shapes = {name: {axis: kind for axis in dynamic.get(name, {})} for name in inputs}
+    shapes = {name: dict.fromkeys(dynamic.get(name, {}), kind) for name in inputs}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return torch.export.export(
-            model, (), dict(inputs), dynamic_shapes=shapes, strict=False,
+            model,
+            (),
+            dict(inputs),
+            dynamic_shapes=shapes,
+            strict=False,
             prefer_deferred_runtime_asserts_over_guards=False,
         )
 
 
-_OURS = re.compile(r"/(torch|ftc)/")
+_ROOMS = tuple(  # not the root itself: a virtual environment may lie in it
+    f"{Path(__file__).resolve().parents[1] / room}/" for room in ("graph", "passes", "runtime")
+)
 
 
 def _explain(error: Exception, model: nn.Module) -> CaptureError:
@@ -98,8 +110,10 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
     line = _source_line(error, text)
     if "data-dependent" in text or "GuardOnDataDependentSymNode" in type(error).__name__:
         what = "the model's control flow depends on the values of tensors"
-        fix = ("replace the `if` or `.item()` at that line by torch.where or torch.cond, or "
-               "capture the part of the model around it")
+        fix = (
+            "replace the `if` or `.item()` at that line by torch.where or torch.cond, or "
+            "capture the part of the model around it"
+        )
     elif "specialized" in text or "Constraints violated" in text:
         what = "the model fixes a dimension that was to be dynamic: " + _first_line(text)
         fix = "leave that dimension out of `dynamic`, or compute with x.shape instead of constants"
@@ -133,8 +147,7 @@ def _source_line(error: BaseException, text: str) -> str | None:
 
 
 def _is_machinery(file: str) -> bool:
-    here = __file__.rsplit("/", 2)[0]
-    return "/torch/" in file or file.startswith((here, "<")) and "/tests/" not in file
+    return "/torch/" in file or file.startswith((*_ROOMS, "<"))
 
 
 def _first_line(text: str) -> str:

@@ -8,6 +8,7 @@ silence.
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from torch import nn
 from .errors import SourceError, UsageError, nearest
 from .safety import load_torch, weight_files
 from .tasks import FEATURES, auto_class, default_task, supports
+from .tensor_file import aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +104,22 @@ def build(
         )
     missing = frozenset(info["missing_keys"])
     model.eval()
-    if task == FEATURES and getattr(config, "is_encoder_decoder", False):
+    if task == FEATURES and "decoder_input_ids" in inspect.signature(model.forward).parameters:
         model, missing = _encoder(model, missing)
         notes = (*notes, "an encoder-decoder model: captured its encoder")
+    align(model)
     return Loaded(model, task, missing, notes)
+
+
+def align(model: nn.Module) -> None:
+    """Moves weights that lie at odd addresses, as tensors mapped from a file do.
+
+    Products take other paths at other alignments and round differently: how a
+    file was laid out must not show in the results.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not aligned(tensor):
+            tensor.data = tensor.data.clone()
 
 
 def _encoder(model: Any, missing: frozenset[str]) -> tuple[nn.Module, frozenset[str]]:

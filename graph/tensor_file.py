@@ -40,6 +40,8 @@ _DTYPES = {
     torch.complex64: "C64",
 }
 _CHUNK = 1 << 24
+ALIGNMENT = 64
+"""Bytes: where torch puts its own tensors. Kernels round differently at other addresses."""
 
 
 def describe_tensors(module: fx.GraphModule) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
@@ -89,7 +91,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     Raises:
         BundleError: for a tensor on no device or of a dtype that the format lacks.
     """
-    names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
+    names = sorted(tensors, key=lambda n: _rank(n, tensors[n]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in names:
@@ -104,13 +106,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         }
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for part in _parts(text, [tensors[n] for n in names]):
             file.write(part)
             digest.update(part)
     return digest.hexdigest()
+
+
+def _rank(name: str, tensor: Tensor) -> tuple[bool, int, str]:
+    """The order in the file: those whose size keeps the next one aligned stand first."""
+    size = tensor.numel() * tensor.element_size()
+    return size % ALIGNMENT != 0, -tensor.element_size(), name
 
 
 def _parts(header: bytes, tensors: Iterable[Tensor]) -> Iterable[memoryview | bytes]:
@@ -133,7 +141,7 @@ def read_tensors(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> dict[str
     from safetensors.torch import load_file
 
     try:
-        stored = load_file(path)
+        stored = {n: t if aligned(t) else t.clone() for n, t in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{path} is damaged: {error}", fix="make the bundle again") from None
     result: dict[str, Tensor] = {}
@@ -145,6 +153,11 @@ def read_tensors(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> dict[str
     if unknown := set(stored) - set(facts):
         raise BundleError(f"{path} has a tensor that the graph does not know: {min(unknown)}")
     return result
+
+
+def aligned(tensor: Tensor) -> bool:
+    """Whether ``tensor`` starts where torch would have put it."""
+    return tensor.data_ptr() % ALIGNMENT == 0
 
 
 def _restore(name: str, tensor: Tensor, order: Any, fact: Mapping[str, Any]) -> Tensor:
