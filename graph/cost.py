@@ -233,8 +233,10 @@ def _add_matmul(node: fx.Node, at: SizesAt) -> int:
 
 @formula("aten.einsum")
 def _einsum(node: fx.Node, at: SizesAt) -> int:
-    """The product of the sizes of all indices: exact for two operands."""
+    """The product of the sizes of all indices: exact for two operands; one is only permuted."""
     operands: Any = node.args[1]
+    if len(operands) == 1:
+        return 0
     sizes: dict[str, int] = {}
     broadcast = 1
     terms = str(node.args[0]).replace(" ", "").split("->")[0].split(",")

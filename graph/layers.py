@@ -53,10 +53,25 @@ def find_layers(
     if scoped is not None:
         members = _members(flow, {scope for scope, _ in scoped})
         return tuple(_layer(s, group, members[s]) for s, group in scoped)
-    return tuple(
-        _layer("", group, frozenset().union(*(i.names for i in group), _fed(flow, group, norms)))
-        for group in _by_order(items)
-    )
+    return tuple(_unscoped(flow, group, norms) for group in _by_order(items))
+
+
+def _unscoped(flow: Flow, items: list[Item], norms: Sequence[Norm]) -> Layer:
+    """A layer that no scope of its own holds: several may run one shared module."""
+    own = frozenset(name for item in items for name in item.names)
+    scope = _common_scope(items)
+    shared = _members(flow, {scope})[scope]
+    if scope and {p.weight for p in flow.products.values()} & shared <= own:
+        return _layer(scope, items, shared)
+    return _layer("", items, _fed(flow, items, norms))
+
+
+def _common_scope(items: list[Item]) -> str:
+    """The deepest numbered scope that holds all of the items, or ``""``."""
+    paths = [provenance(_node(i)).module for i in items]
+    levels = ({_scope(path, level) for path in paths} for level in range(4))
+    common = [scopes.pop() for scopes in levels if len(scopes) == 1]
+    return next((scope for scope in reversed(common) if scope), "")
 
 
 def _layer(scope: str, items: Iterable[Item], names: frozenset[str]) -> Layer:
