@@ -20,6 +20,7 @@ from ftc.graph.program import Program
 from ftc.graph.signature import Signature
 from ftc.graph.sources import capture
 
+from .console import format_sizes
 from .engine import Engine, OnnxEngine, TorchEngine, open_engine, set_threads
 from .measure import Timing, interleaved, machine, ratio
 
@@ -68,7 +69,7 @@ def bench(
     against: str | None = None,
     *,
     threads: int | None = None,
-    shapes: Sequence[dict[str, int]] = (),
+    shapes: Sequence[str] = (),
     seconds: float = 2.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
@@ -78,7 +79,7 @@ def bench(
         source: a bundle with ``model.onnx``.
         against: a bundle, or a model that can be captured.
         threads: of both engines.
-        shapes: sizes of dynamic dimensions; two usual ones by default.
+        shapes: sizes of dynamic dimensions, ``batch=8,sequence=128``; two usual ones by default.
         seconds: to spend on each shape.
         progress: told what runs.
 
@@ -96,7 +97,8 @@ def bench(
                 f"takes {', '.join(base.program.signature.input_names)}",
                 fix="compare programs of one model",
             )
-        sizes = list(shapes) or usual_shapes(base.program)
+        signature = other.program.signature
+        sizes = [parse_shape(s, signature) for s in shapes] or usual_shapes(base.program)
         latencies = compare(base, other, sizes, seconds=seconds, progress=progress)
     names = (f"{source}, graph" if against is None else against, source)
     labels = [f"{name} ({e.label})" for name, e in zip(names, (base, other), strict=True)]
@@ -175,8 +177,3 @@ def parse_shape(text: str, signature: Signature) -> dict[str, int]:
         sizes[name.strip()] = int(number)
     signature.sizes(**sizes)
     return sizes
-
-
-def format_sizes(sizes: dict[str, int]) -> str:
-    """``batch=8, sequence=128``"""
-    return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "its fixed shape"

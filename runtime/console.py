@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -33,15 +32,27 @@ def _console(stream: Any) -> Console:
     return Console(file=stream, width=width, highlight=False, soft_wrap=False)
 
 
-@contextmanager
-def progress(enabled: bool) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what runs, on a terminal only."""
-    console = stderr()
-    if not enabled or not console.is_terminal:
-        yield lambda _: None
-        return
-    with console.status("starting") as status:
-        yield lambda text: status.update(escape(text))
+class Progress:
+    """A line on stderr that says what runs; on a terminal only, and gone once there is a result.
+
+    Args:
+        enabled: show it if stderr is a terminal.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        console = stderr()
+        self._status = console.status("") if enabled and console.is_terminal else None
+
+    def __call__(self, text: str) -> None:
+        """Shows ``text``."""
+        if self._status is not None:
+            self._status.update(escape(text))
+            self._status.start()
+
+    def stop(self) -> None:
+        """Takes the line away: what follows is written to the same terminal."""
+        if self._status is not None:
+            self._status.stop()
 
 
 def print_error(error: FtcError) -> None:
@@ -98,3 +109,8 @@ def small(number: float) -> str:
     if number == 0:
         return "0"
     return f"{number:.1e}" if number < 1e-3 else f"{number:.3g}"
+
+
+def format_sizes(sizes: Mapping[str, int]) -> str:
+    """``batch=8, sequence=128``"""
+    return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "its fixed shape"

@@ -131,10 +131,7 @@ def evaluate(
     Raises:
         UsageError: when metric, program and data do not fit together.
     """
-    if metric not in METRICS:
-        raise UsageError(f"unknown metric {metric!r}", fix=nearest(metric, METRICS))
-    if metric == "cosine" and against is None:
-        raise UsageError("cosine compares two programs", fix="--against MODEL")
+    check_call(metric, against is not None)
     for each in (engine, against):
         if each is not None:
             _check_task(each.program, metric)
@@ -146,6 +143,18 @@ def evaluate(
     return Evaluation(
         metric, values[0], other, details, tuple(e.label for e in engines), f"{path.name}: {data}"
     )
+
+
+def check_call(metric: str, against: bool) -> None:
+    """Refuses an unknown metric, and ``cosine`` without another program.
+
+    Raises:
+        UsageError: with the fix.
+    """
+    if metric not in METRICS:
+        raise UsageError(f"unknown metric {metric!r}", fix=nearest(metric, METRICS))
+    if metric == "cosine" and not against:
+        raise UsageError("cosine compares two programs", fix="--against MODEL")
 
 
 def _check_task(program: Program, metric: str) -> None:

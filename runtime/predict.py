@@ -77,7 +77,7 @@ def embed(engine: Engine, texts: Sequence[str], *, batch: int = 16) -> tuple[Ten
 
 
 def fill_masks(engine: Engine, text: str) -> list[Labelled]:
-    """The likeliest tokens at each mask token of ``text``, which come labelled by the text before it.
+    """The likeliest tokens at each mask token of ``text``, in their order.
 
     Raises:
         UsageError: when the text has no mask token.

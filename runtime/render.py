@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from ftc.graph.printer import print_graph
-from ftc.graph.program import Drift, PassRecord, Program
-from ftc.passes.registry import Description
+from .console import count, duration, format_sizes, megabytes, small, table
 
-from .bench import Comparison, Latency, format_sizes
-from .console import count, duration, megabytes, small, table
-from .evaluate import Evaluation
-from .measure import Timing
-from .predict import Labelled
-from .report import ORIGINAL, CompileReport, Plan, Step
-from .summary import Row, Summary, Weight
+if TYPE_CHECKING:
+    from ftc.graph.program import Drift, PassRecord, Program
+    from ftc.passes.registry import Description
+
+    from .bench import Comparison, Latency
+    from .evaluate import Evaluation
+    from .export import Export
+    from .measure import Timing
+    from .predict import Labelled
+    from .report import CompileReport, Plan, Step
+    from .summary import Row, Summary, Weight
 
 _NEXT = {
     "feature-extraction": 'ftc run {out} --text "A man is eating." --text "Someone has lunch."',
@@ -61,12 +64,15 @@ def _steps(steps: Sequence[Step]) -> object:
 
 def _drift(step: Step) -> tuple[str, str]:
     if step.drift is None:
-        return ("" if step.name == ORIGINAL else "none", "")
+        return ("none" if step.effect else "", "")
     exact = step.effect == "exact"
     return small(step.drift.relative), "" if exact else f"{step.drift.cosine_min:.4f}"
 
 
-def _total(drift: Drift, console: Console) -> None:
+def _total(drift: Drift | None, console: Console) -> None:
+    if drift is None:
+        console.print("the passes changed the inputs: result and original cannot be compared\n")
+        return
     console.print(
         f"result against original: relative error [bold]{small(drift.relative)}[/], "
         f"cosine mean {drift.cosine_mean:.4f}, min {drift.cosine_min:.4f}"
@@ -135,6 +141,8 @@ def render_summary(
 ) -> None:
     """What a program is; with its layers, some of its weights, or its graph as text."""
     if graph is not None:
+        from ftc.graph.printer import print_graph
+
         console.file.write(print_graph(graph))
         return
     _head(summary, console)
@@ -185,8 +193,8 @@ def _weights(weights: Sequence[Weight]) -> object:
         shape = " × ".join(map(str, each.shape))
         made.add_row(escape(each.name), " ".join(each.roles), each.dtype, shape,
                      f"{each.bytes / 1e3:,.1f}")  # fmt: skip
-    made.add_row(f"{len(weights)} weights", "", "", "", f"{sum(w.bytes for w in weights) / 1e3:,.1f}",
-                 style="bold")  # fmt: skip
+    total = sum(each.bytes for each in weights) / 1e3
+    made.add_row(f"{len(weights)} weights", "", "", "", f"{total:,.1f}", style="bold")
     return made
 
 
@@ -250,3 +258,12 @@ def render_pass(found: Description, console: Console) -> None:
     for each in found.options:
         made.add_row(escape(each.name), escape(each.default), escape(each.type), escape(each.help))
     console.print(made if found.options else "it has no options")
+
+
+def render_export(found: Export, console: Console) -> None:
+    """What was written, and how far it is from the graph."""
+    console.print(f"[bold]{escape(found.path)}[/]  {megabytes(found.bytes)} MB", soft_wrap=True)
+    console.print(f"onnxruntime against the graph: relative error {small(found.drift.relative)} "
+                  f"[dim]on {escape(found.drift.inputs)}[/]")  # fmt: skip
+    if found.decomposed:
+        console.print(f"lowered through their decomposition: {', '.join(found.decomposed)}")

@@ -53,7 +53,7 @@ class CompileReport:
         task: what the program computes.
         pipeline: the text form of the passes that ran.
         steps: the rows of the table.
-        total: result against original, on the probes.
+        total: result against original, on the probes; None where the inputs changed.
         latencies: original in torch against result in onnxruntime.
         engines: what ran the original and the result.
         sizes: of the dynamic dimensions that operations are counted at.
@@ -67,7 +67,7 @@ class CompileReport:
     task: str
     pipeline: str
     steps: tuple[Step, ...]
-    total: Drift
+    total: Drift | None
     latencies: tuple[Latency, ...]
     engines: tuple[str, str]
     sizes: Mapping[str, int]
@@ -80,7 +80,7 @@ class CompileReport:
         return {
             "source": self.source, "out": self.out, "task": self.task, "pipeline": self.pipeline,
             "steps": [asdict(step) for step in self.steps],
-            "total": asdict(self.total),
+            "total": None if self.total is None else asdict(self.total),
             "latencies": [each.to_dict() for each in self.latencies],
             "engines": {"original": self.engines[0], "result": self.engines[1]},
             "sizes": dict(self.sizes), "machine": dict(self.machine),

@@ -1,4 +1,4 @@
-"""Tensors from files and to files, for programs that do not take text: ``.npz`` and ``.safetensors``."""
+"""Tensors in files, for programs that do not take text: ``.npz`` and ``.safetensors``."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def calibration(program: Program, text: Text, found: Any) -> tuple[Inputs, ...]:
 def _filled(
     found: Any, signature: Signature, paragraphs: Sequence[str], length: int, count: int
 ) -> list[list[int]]:
-    """``count`` rows of up to ``length`` tokens each, from joined paragraphs spread over the text."""
+    """``count`` rows of up to ``length`` tokens, of paragraphs joined, spread over the text."""
     limit = signature.limits.get("sequence", length)
     step = max(1, len(paragraphs) // count)
     made = []

@@ -1,0 +1,107 @@
+"""How a command line ends: exit status, and errors in one form.
+
+======  =====================================================
+0       done
+1       a promise or a budget was broken, or the machine failed (a full disk)
+2       the call was wrong
+70      a bug in ftc
+130     interrupted
+141     nobody reads the output any more
+======  =====================================================
+
+A user's mistake never shows a traceback; ``--debug`` shows every one, and what
+libraries have to say, which is silenced otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import click
+
+from ftc.graph.errors import FtcError, UsageError
+
+FAILED, BUG, INTERRUPTED, CLOSED_PIPE = 1, 70, 130, 141
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def run_command(group: click.Group, arguments: Sequence[str]) -> int:
+    """Runs one command line and prints errors for people.
+
+    Returns:
+        The exit status.
+    """
+    debug = "--debug" in arguments
+    if not debug:
+        _silence()
+    try:
+        group.main(args=list(arguments), prog_name="ftc", standalone_mode=False)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        return _failed(error, as_json="--json" in arguments)
+    return 0
+
+
+def _failed(error: Exception, *, as_json: bool) -> int:
+    """Prints an error in its form; the exit status."""
+    if isinstance(error, click.Abort):
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    if isinstance(error, click.ClickException):
+        error = _from_click(error)
+    if isinstance(error, FtcError):
+        _print(error, as_json=as_json)
+        return error.exit_code
+    if isinstance(error, (OSError, MemoryError)):
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        return FAILED
+    click.echo(
+        f"this is a bug in ftc: {type(error).__name__}: {error}\n"
+        "  fix: run the same with --debug and report the traceback",
+        err=True,
+    )
+    return BUG
+
+
+def _print(error: FtcError, *, as_json: bool) -> None:
+    if as_json:
+        parts = {"what": error.what, "where": error.where, "fix": error.fix}
+        click.echo(json.dumps({"error": {"kind": type(error).__name__, **parts}}, indent=1))
+    else:
+        from .console import print_error
+
+        print_error(error)
+
+
+def _from_click(error: click.ClickException) -> UsageError:
+    """A mistake that click found, in ftc's form."""
+    context = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    fix = f"{context.command_path} --help" if context else "ftc --help"
+    return UsageError(message, fix=fix)
+
+
+def _silence() -> None:
+    """Nothing that libraries have to say reaches the terminal."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)

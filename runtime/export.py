@@ -1,0 +1,81 @@
+"""``ftc export``: a program as an ONNX file of its own, proven like every other."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftc.graph.errors import UsageError
+from ftc.graph.program import Drift
+from ftc.graph.sources import capture
+from ftc.passes.context import Context
+
+from .engine import MODEL, OnnxEngine
+from .lower import decomposed, lower, save_onnx
+from .parity import check_parity
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What was written, and how far it is from the graph."""
+
+    source: str
+    path: str
+    bytes: int
+    drift: Drift
+    decomposed: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def export(
+    source: str,
+    out: Path,
+    *,
+    force: bool = False,
+    task: str | None = None,
+    trust: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Export:
+    """Lowers a program again and writes the ONNX file, once onnxruntime has agreed with the graph.
+
+    Args:
+        source: a bundle, or a model that can be captured.
+        out: a file ``NAME.onnx``, or a folder that gets ``model.onnx``.
+        force: replace a file that is there.
+        task, trust: as for capture.
+        progress: told what runs.
+
+    Raises:
+        UsageError: when the file exists.
+        FtcError: as capture, lowering and parity raise it; nothing is written then.
+    """
+    target = out if out.suffix == ".onnx" else out / MODEL
+    if target.exists() and not force:
+        raise UsageError(f"{target} exists", fix="use --force to replace it")
+    if target.parent.exists() and not target.parent.is_dir():
+        raise UsageError(f"{target.parent} is a file", fix="choose another place")
+    progress(f"reading {source}")
+    program = capture(source, task=task, trust=trust)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}.") as scratch:
+        path = Path(scratch) / target.name
+        progress("lowering to ONNX")
+        model = lower(program)
+        save_onnx(model, path)
+        progress("comparing onnxruntime with the graph")
+        ctx = Context.for_program(program)
+        engine = OnnxEngine(program, path)
+        outputs = [engine(probe) for probe in ctx.probes]
+        drift = check_parity(program, ctx.outputs(program), outputs, ctx.probes, ctx.probe_source)
+        size = 0
+        for file in sorted(Path(scratch).iterdir(), key=lambda f: f == path):
+            size += file.stat().st_size
+            os.replace(file, target.parent / file.name)
+    return Export(source, str(target), size, drift, decomposed(model))
