@@ -83,7 +83,10 @@ def read_header(path: Path) -> Header:
 def _parse(path: Path, data: np.memmap[Any, Any]) -> Header:
     reader = _Reader(data.data)
     if bytes(data[:4]) != b"GGUF":
-        raise SourceError(f"{path} is not a GGUF file: it does not start with GGUF")
+        raise SourceError(
+            f"{path} is not a GGUF file: it does not start with GGUF",
+            fix="download or copy it again",
+        )
     reader.at = 4
     version = reader.scalar("I")
     if version not in (2, 3):

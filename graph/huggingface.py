@@ -86,6 +86,7 @@ def build(
                 config=config,
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
                 trust_remote_code=False,
                 **arguments,
             )

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +142,9 @@ def check_torch(path: Path) -> None:
 def load_torch(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a torch file by name, mapped into memory where the format allows it."""
     try:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd protocols: what can be read is checked below
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         raise refuse_pickle(path, _forbidden(str(error))) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
@@ -160,9 +159,13 @@ def load_torch(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def _is_zip(path: Path) -> bool:
+    """Whether it is of the format since torch 1.6, the only one that can be mapped."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def _forbidden(report: str) -> str:
     """The name of the object that torch refused, out of its report."""
-    import re
-
     found = re.search(r"GLOBAL ([\w.]+)", report) or re.search(r"(?:global|class) ([\w.]+)", report)
     return found[1] if found else report.strip().splitlines()[0]

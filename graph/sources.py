@@ -173,6 +173,11 @@ def _model_file(folder: Path) -> Path:
     pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise refuse_pickle(pickles[0])
+    if weights := sorted(p.name for p in folder.glob("*.safetensors")):
+        raise SourceError(
+            f"{folder} has {weights[0]} but no config.json",
+            fix="copy config.json from where the weights come from",
+        )
     inner = sorted(p.parent for p in folder.glob("*/config.json"))
     raise SourceError(
         f"{folder} holds no model: neither config.json, nor ftc.json, nor a GGUF file",
