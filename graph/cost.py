@@ -216,7 +216,10 @@ def _elements(node: fx.Node, at: SizesAt) -> int:
     return max(at.numel(node), *inputs, 0)
 
 
-@formula("aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot")
+@formula(
+    "aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot",
+    "aten._grouped_mm", "transformers.grouped_mm_fallback",
+)  # fmt: skip
 def _matmul(node: fx.Node, at: SizesAt) -> int:
     return at.numel(node) * at.shape(node.args[0])[-1]
 

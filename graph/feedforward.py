@@ -94,13 +94,19 @@ def _residual(flow: Flow, downs: list[fx.Node], sources: list[fx.Node]) -> fx.No
         for user in sorted(node.users, key=flow.order.__getitem__):
             if user in reached or flow.is_stop(user) or user.op != "call_function":
                 continue
-            if operator_name(user) == "aten.add" and any(
-                other in stream and other not in reached for other in user.all_input_nodes
-            ):
+            others = [n for n in user.all_input_nodes if n not in reached]
+            if operator_name(user) == "aten.add" and any(_is_stream(n, stream) for n in others):
                 return user
             reached.add(user)
             queue.append(user)
     return None
+
+
+def _is_stream(node: fx.Node, stream: set[fx.Node]) -> bool:
+    """Whether ``node`` is of the stream, or the stream plus what a parallel branch returned."""
+    if node in stream:
+        return True
+    return operator_name(node) == "aten.add" and any(n in stream for n in node.all_input_nodes)
 
 
 def _upstream(flow: Flow, sources: list[fx.Node]) -> set[fx.Node]:

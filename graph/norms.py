@@ -3,8 +3,9 @@
     rms(x)   = x / sqrt(mean(x^2) + eps) * w
     layer(x) = (x - mean(x)) / sqrt(var(x) + eps) * w + b
 
-A written-out layer norm is an RMS norm of a centred value, so one pattern finds
-both. ``w`` may also enter as ``1 + w``, casts may stand anywhere.
+A written-out layer norm is an RMS norm of a centred value, so one pattern, of
+one value or the other, finds both. ``w`` may also enter as ``1 + w``; casts may
+stand anywhere; the centred value may be computed once or twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from torch import fx
 
 from .cost import argument, operator_name
-from .match import Match, Miss, capture, commutative, const, match, op, skipping, tensor
+from .match import Match, Pattern, capture, commutative, const, match, op, skipping, tensor
 from .program import Program
 from .weights import Weights
 
@@ -29,17 +30,26 @@ _CASTS = ("aten.to", "aten._to_copy")
 _MUL, _ADD = "aten.mul", "aten.add"
 
 _x = skipping(_CASTS, capture("x"))
-_square = op("aten.pow", _x, const(2)) | op("aten.square", _x) | op(_MUL, _x, _x)
-_spread = op("aten.mean", skipping(_CASTS, _square))
-_shifted = skipping(_CASTS, commutative(_ADD, skipping(_CASTS, _spread), capture("eps", const())))
-_inverse = skipping(_CASTS, op("aten.rsqrt", _shifted))
-_root = skipping(_CASTS, op("aten.sqrt", _shifted) | op("aten.pow", _shifted, const(0.5)))
-_normal = commutative(_MUL, _x, _inverse) | op("aten.div", _x, _root)
+_centred = skipping(_CASTS, op("aten.sub", _x, skipping(_CASTS, op("aten.mean", _x))))
 _weight = skipping(_CASTS, tensor("weight"))
 _gain = _weight | skipping(_CASTS, commutative(_ADD, _weight, const(1)))
-SCALED = commutative(_MUL, skipping(_CASTS, _normal), _gain)
-"""``normal(x) * w`` written out; captures ``x``, ``eps`` and the reader of ``weight``."""
-_CENTRED = op("aten.sub", skipping(_CASTS, capture("x")), op("aten.mean", _x))
+
+
+def scaled(value: Pattern) -> Pattern:
+    """``value / sqrt(mean(value^2) + eps) * w`` written out; captures ``eps`` and ``weight``."""
+    square = op("aten.pow", value, const(2)) | op("aten.square", value) | op(_MUL, value, value)
+    spread = skipping(_CASTS, op("aten.mean", skipping(_CASTS, square)))
+    shifted = skipping(_CASTS, commutative(_ADD, spread, capture("eps", const())))
+    inverse = skipping(_CASTS, op("aten.rsqrt", shifted) | op("aten.pow", shifted, const(-0.5)))
+    root = skipping(_CASTS, op("aten.sqrt", shifted) | op("aten.pow", shifted, const(0.5)))
+    normal = commutative(_MUL, value, inverse) | op("aten.div", value, root)
+    return commutative(_MUL, skipping(_CASTS, normal), _gain)
+
+
+LAYER = scaled(_centred)
+"""A layer norm written out, without its bias; captures ``x``, ``eps`` and ``weight``."""
+RMS = scaled(_x)
+"""An RMS norm written out; captures ``x``, ``eps`` and ``weight``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,25 +104,18 @@ def _operator(node: fx.Node, kind: str, weights: Weights) -> Norm | None:
 def _written_out(node: fx.Node, weights: Weights) -> Norm | None:
     if all(weights.name(a) is None and not _is_gain(a, weights) for a in node.args):
         return None
-    found = match(SCALED, node)
-    if isinstance(found, Miss):
-        return None
-    x, kind = _uncentred(found)
-    last, bias = _shift(node, weights)
-    return Norm(last, x, kind, weights.name(found["weight"]), bias, float(found["eps"]))
+    for kind, pattern in (("layer", LAYER), ("rms", RMS)):
+        if isinstance(found := match(pattern, node), Match):
+            last, bias = _shift(node, weights)
+            weight, eps = weights.name(found["weight"]), float(found["eps"])
+            return Norm(last, found["x"], kind, weight, bias, eps)
+    return None
 
 
 def _is_gain(value: Any, weights: Weights) -> bool:
     """Whether ``value`` may be ``1 + w``: a quick look before the whole pattern is tried."""
     found = match(_gain, value)
     return bool(found) and isinstance(found, Match) and weights.name(found["weight"]) is not None
-
-
-def _uncentred(found: Match) -> tuple[fx.Node, str]:
-    centred = match(_CENTRED, found["x"])
-    if isinstance(centred, Match):
-        return centred["x"], "layer"
-    return found["x"], "rms"
 
 
 def _shift(node: fx.Node, weights: Weights) -> tuple[fx.Node, str | None]:

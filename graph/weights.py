@@ -24,7 +24,8 @@ from .cost import argument, operator_name
 from .program import Program
 
 _CODES = ".quantized"
-_MATMULS = frozenset({"aten.mm", "aten.matmul", "aten.bmm"})
+_MATMULS = frozenset({"aten.mm", "aten.matmul", "aten.bmm", "aten._grouped_mm",
+                      "transformers.grouped_mm_fallback"})  # fmt: skip
 _ADD_MATMULS = frozenset({"aten.addmm", "aten.baddbmm"})
 CONVOLUTIONS = frozenset(
     f"aten.{name}"

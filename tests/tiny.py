@@ -103,6 +103,30 @@ def _llama(layers: int = LAYERS, attention: str = "sdpa") -> Program:
     return _text(LlamaForCausalLM(config))
 
 
+def _cohere() -> Program:
+    """Attention and feed-forward side by side; norms without a bias, written out."""
+    from transformers import CohereConfig, CohereForCausalLM
+
+    config = CohereConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=INNER, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _text(CohereForCausalLM(config))
+
+
+def _mixtral() -> Program:
+    """Experts: products with one weight each, chosen by a router."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=INNER, max_position_embeddings=64,
+        num_local_experts=4,
+    )  # fmt: skip
+    return _text(MixtralForCausalLM(config))
+
+
 def _t5() -> Program:
     from transformers import T5Config, T5EncoderModel
 
@@ -152,6 +176,8 @@ MODELS: dict[str, Callable[[], Program]] = {
     "llama": _llama,
     "llama-eager": functools.partial(_llama, attention="eager"),
     "llama-12": functools.partial(_llama, 12),
+    "cohere": _cohere,
+    "mixtral": _mixtral,
     "t5": _t5,
     "xlnet": _xlnet,
     "albert": _albert,
