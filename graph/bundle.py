@@ -207,9 +207,9 @@ def _check_fit(graph: fx.Graph, signature: Signature, tensors: Mapping[str, Any]
         raise BundleError(
             f"the graph returns {len(leaves)} tensors, the signature says {len(signature.outputs)}"
         )
-    for node in graph.nodes:
-        if node.op == "get_attr" and str(node.target) not in tensors:
-            raise BundleError(f"the graph reads {node.target}, which {_WEIGHTS} does not have")
+    read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    if odd := sorted(read ^ set(tensors)):
+        raise BundleError(f"graph and {_WEIGHTS} disagree about the tensor {odd[0]}")
 
 
 def _encode_signature(signature: Signature) -> dict[str, Any]:

@@ -72,8 +72,12 @@ def describe_tensors(module: fx.GraphModule) -> tuple[dict[str, dict[str, Any]],
 
 
 def _tensors(module: fx.GraphModule) -> Iterable[tuple[str, Tensor]]:
-    yield from sorted(module.named_parameters(remove_duplicate=False))
-    yield from sorted(module.named_buffers(remove_duplicate=False))
+    """What the graph reads, by name: a module may hold more, but a program is its graph."""
+    for name in sorted({str(n.target) for n in module.graph.nodes if n.op == "get_attr"}):
+        tensor: Any = module
+        for part in name.split("."):
+            tensor = getattr(tensor, part)
+        yield name, tensor
 
 
 def _dense_order(tensor: Tensor) -> list[int] | None:
@@ -166,8 +170,10 @@ def _restore(name: str, tensor: Tensor, order: Any, fact: Mapping[str, Any]) -> 
             raise BundleError(f"the axes of tensor {name} are no permutation")
         inverse = [order.index(axis) for axis in range(tensor.dim())]
         tensor = tensor.permute(inverse)
-    if fact.get("kind") != "parameter":
+    if fact["kind"] == "buffer":
         return tensor
+    if fact["kind"] != "parameter":
+        raise BundleError(f"tensor {name} is of the unknown kind {fact['kind']!r}")
     trains = bool(fact.get("grad"))
     if trains and not (tensor.is_floating_point() or tensor.is_complex()):
         raise BundleError(f"tensor {name} of {tensor.dtype} cannot train")
