@@ -67,10 +67,11 @@ def select(text: str, program: Program, structure: Structure | None = None) -> f
         UsageError: for a selector that does not parse, with a caret at the
             place; for a glob, a layer or a whole that matches nothing.
     """
-    found = _Selection(text, program, structure or find_structure(program)).evaluate()
+    structure = structure or find_structure(program)
+    found = _Selection(text, program, structure).evaluate()
     if not found:
         raise UsageError(
-            f"the selector {text!r} matches no weight", fix=f"choose from: {_counts(program)}"
+            f"the selector {text!r} matches no weight", fix=f"choose from: {_counts(structure)}"
         )
     return found
 
@@ -158,7 +159,7 @@ class _Selection:
         raise UsageError(
             f"{pattern!r} matches no weight",
             where=f"in the selector {self.text!r}",
-            fix=f"{nearest(pattern, known)} here: {_counts(self.program, self.structure)}"
+            fix=f"{nearest(pattern, known)} here: {_counts(self.structure)}"
             if plain
             else nearest(pattern, known),
         )
@@ -199,9 +200,8 @@ def _aliases(program: Program, parameters: frozenset[str]) -> dict[str, str]:
     return names
 
 
-def _counts(program: Program, structure: Structure | None = None) -> str:
+def _counts(structure: Structure) -> str:
     """``all (38), ffn (8), …, layer[0:2]``: what matches something."""
-    structure = structure or find_structure(program)
     parts = [f"all ({len(structure.parameters)})"]
     parts += [f"{role} ({len(structure.roles[role])})" for role in ROLES if structure.roles[role]]
     if structure.layers:
