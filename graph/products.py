@@ -55,8 +55,13 @@ def is_product(node: fx.Node) -> bool:
     return node.op == "call_function" and str(node.target) in _PRODUCTS
 
 
-_PRODUCTS = frozenset({
-    "aten.linear.default", "ftc.quantized_linear.default",
-    "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default",
-    "aten.convolution.default",
-})
+_PRODUCTS = frozenset(
+    {
+        "aten.linear.default",
+        "ftc.quantized_linear.default",
+        "aten.conv1d.default",
+        "aten.conv2d.default",
+        "aten.conv3d.default",
+        "aten.convolution.default",
+    }
+)

@@ -119,7 +119,9 @@ def _groups(weight: Tensor, group_size: int) -> Tensor:
 def _positive(scale: Tensor, spread: Tensor) -> Tensor:
     """A scale of 1 for a group of zeros: its codes are 0 whatever the scale."""
     if not bool(torch.isfinite(scale).all()):
-        raise PreconditionError("the weight holds a NaN or an infinity",
-                                fix="repair the checkpoint: quantization needs finite weights")
+        raise PreconditionError(
+            "the weight holds a NaN or an infinity",
+            fix="repair the checkpoint: quantization needs finite weights",
+        )
     tiny = torch.finfo(torch.float32).tiny
     return torch.where((spread > 0) & (scale >= tiny), scale, torch.ones_like(scale)).float()

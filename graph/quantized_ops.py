@@ -43,10 +43,14 @@ def _(data: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_s
 
 @torch.library.custom_op("ftc::quantized_embedding", mutates_args=())
 def quantized_embedding(
-    data: Tensor, scale: Tensor, zero_point: Tensor | None, indices: Tensor, bits: int,
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    indices: Tensor,
+    bits: int,
     group_size: int,
 ) -> Tensor:
-    """Rows of a quantized table: ``data`` int8 ``[rows, dim]``, ``indices`` ``[...]`` -> ``[..., dim]``."""
+    """Rows ``[..., dim]`` of a quantized table int8 ``[rows, dim]`` at ``indices`` ``[...]``."""
     zero = None if zero_point is None else zero_point[indices].flatten(0, -2)
     picked = data[indices]
     rows = _dequantize(picked.flatten(0, -2), scale[indices].flatten(0, -2), zero)
@@ -55,7 +59,11 @@ def quantized_embedding(
 
 @quantized_embedding.register_fake
 def _(
-    data: Tensor, scale: Tensor, zero_point: Tensor | None, indices: Tensor, bits: int,
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    indices: Tensor,
+    bits: int,
     group_size: int,
 ) -> Tensor:
     return scale.new_empty((*indices.shape, data.shape[1]))
@@ -63,8 +71,14 @@ def _(
 
 @torch.library.custom_op("ftc::quantized_linear", mutates_args=())
 def quantized_linear(
-    x: Tensor, data: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
-    bits: int, group_size: int, activation: str,
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    activation: str,
 ) -> Tensor:
     """``x W^T + b`` with a quantized ``W``.
 
@@ -89,20 +103,26 @@ def quantized_linear(
 
 @quantized_linear.register_fake
 def _(
-    x: Tensor, data: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
-    bits: int, group_size: int, activation: str,
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    activation: str,
 ) -> Tensor:
-    torch._check(x.shape[-1] == data.shape[1], lambda: f"x {x.shape} by a weight {data.shape}")
+    assert x.shape[-1] == data.shape[1], f"x {x.shape} by a weight {data.shape}"
     return x.new_empty((*x.shape[:-1], data.shape[0]))
 
 
 def row_peak(x: Tensor) -> Tensor:
-    """Largest magnitude of each row, ``[..., 1]``; the smallest normal number for a row of zeros."""
+    """Largest magnitude of each row, ``[..., 1]``; a row of zeros has the smallest normal number."""
     return x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(q - z, s)`` of ONNX's DynamicQuantizeLinear, as floats: integers in [-255, 255] and a scalar."""
+    """``(q - z, s)`` of ONNX's DynamicQuantizeLinear: integers in [-255, 255], as floats, a scalar."""
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     step = (high - low) / 255
     step = torch.where(step > 0, step, torch.ones_like(step))

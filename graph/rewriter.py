@@ -74,7 +74,7 @@ class Rewriter:
 
     @contextmanager
     def after(self, node: fx.Node) -> Iterator[None]:
-        """New nodes go after ``node``, in the order of the calls, and take its place in the source."""
+        """New nodes go after ``node``, in the order of the calls, with its place in the source."""
         with self.at(node.next):
             self._here = provenance(node)
             yield
@@ -96,8 +96,9 @@ class Rewriter:
         return node
 
     def get_attr(self, name: str) -> fx.Node:
-        """The node that reads the tensor ``name``: the existing one, or a new one at the graph's head."""
-        if (known := self._readers.get(name)) is not None and not known._erased:
+        """The node that reads the tensor ``name``: the one there is, or a new one at the head."""
+        known: fx.Node | None = self._readers.get(name)
+        if known is not None and not known._erased:
             return known
         with self.graph.inserting_after(self._last_placeholder()):
             node = self.graph.get_attr(name)
@@ -169,7 +170,9 @@ class Rewriter:
         node.args, node.kwargs = args, kwargs
         shapes.infer(node, self.module, self._mode)
         if not shapes.same_type(before, node.meta[shapes.VAL]):
-            raise PreconditionError(f"{self.made_by} changes the type of a value", where=describe(node))
+            raise PreconditionError(
+                f"{self.made_by} changes the type of a value", where=describe(node)
+            )
         self.modified += 1
 
     def erase(self, node: fx.Node) -> None:
@@ -203,7 +206,7 @@ class Rewriter:
         return self.get_attr(name)
 
     def _last_placeholder(self) -> fx.Node:
-        node = self.graph._root
+        node: fx.Node = self.graph._root
         while node.next.op == "placeholder":
             node = node.next
         return node

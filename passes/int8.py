@@ -9,8 +9,9 @@ Weights are symmetric, one scale a row (output channel, or table row):
 
 The defaults are those that are never silently wrong. ``q_max`` is 64 and not
 127, because a CPU with AVX2 but no VNNI adds pairs of products in 16 bits and
-saturates beyond that; and every row of activations gets its own scale, because
-with one scale for all a single outlier row destroys a language model.
+saturates beyond that; every row of activations gets its own scale, because with
+one scale for all a single outlier row destroys a language model; and outlier
+channels are moved into the weights first (``smooth``), which costs nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .base import Context, Effect, Pass
 
 aten, ops = torch.ops.aten, torch.ops.ftc
 
-_WEIGHT_ARGUMENT = {
+_WEIGHT_ARGUMENT: dict[object, int] = {
     aten.linear.default: 1,
     aten.embedding.default: 0,
     aten.conv1d.default: 1,
@@ -58,7 +59,7 @@ class Int8(Pass):
 
     name: ClassVar[str] = "int8"
     effect: ClassVar[Effect] = Effect.APPROXIMATE
-    needs: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    needs: ClassVar[frozenset[str]] = frozenset({"canonical", "smooth"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
 
     select: str = "product | embedding"
@@ -70,9 +71,10 @@ class Int8(Pass):
         """Quantizes every selected weight whose readers all have a quantized form."""
         errors: dict[str, float] = {}
         small: list[str] = []
+        tensors = dict(rw.program.tensors())
         for name in sorted(select(self.select, rw.program)):
-            weight = rw.program.tensor(name)
-            if weight.dim() < 2 or not weight.is_floating_point():
+            weight = tensors.get(name)  # None: it is quantized already
+            if weight is None or weight.dim() < 2 or not weight.is_floating_point():
                 continue
             readers = list(rw.get_attr(name).users)
             if (other := _unsupported(readers, rw.get_attr(name))) is not None:
@@ -83,9 +85,7 @@ class Int8(Pass):
                 errors[name] = self._quantize(rw, name, weight.detach(), readers)
         self._say(rw, errors, small)
 
-    def _quantize(
-        self, rw: Rewriter, name: str, weight: Tensor, readers: list[fx.Node]
-    ) -> float:
+    def _quantize(self, rw: Rewriter, name: str, weight: Tensor, readers: list[fx.Node]) -> float:
         """Replaces one weight and all its readers; returns the weight's relative error."""
         scheme = Scheme(reduce_range=self.reduce_range)
         scale, zero_point = choose_qparams(weight, scheme)
@@ -104,24 +104,37 @@ class Int8(Pass):
     ) -> fx.Node:
         if reader.target is aten.linear.default:
             bias = reader.args[2] if len(reader.args) > 2 else None
-            return rw.call(ops.quantized_linear.default, reader.args[0], data, scale, None, bias,
-                           8, 0, self.activation)
+            return rw.call(
+                ops.quantized_linear.default,
+                reader.args[0],
+                data,
+                scale,
+                None,
+                bias,
+                8,
+                0,
+                self.activation,
+            )
         if reader.target is aten.embedding.default:
             return rw.call(ops.quantized_embedding.default, data, scale, None, reader.args[1], 8, 0)
         weight = rw.call(ops.dequantize.default, data, scale, None, 8, 0)
         args = list(reader.args)
-        args[_WEIGHT_ARGUMENT[reader.target]] = weight  # type: ignore[index]
+        args[_WEIGHT_ARGUMENT[reader.target]] = weight
         assert callable(reader.target)
         return rw.call(reader.target, *args, **reader.kwargs)
 
     def _say(self, rw: Rewriter, errors: dict[str, float], small: list[str]) -> None:
         if errors:
             worst = max(errors, key=errors.__getitem__)
-            rw.note(f"quantized {len(errors)} weights; the largest relative error is "
-                    f"{errors[worst]:.2%}, of {worst}")
+            rw.note(
+                f"quantized {len(errors)} weights; the largest relative error is "
+                f"{errors[worst]:.2%}, of {worst}"
+            )
         if errors and self.reduce_range:
-            rw.note("weights use [-64, 64], which no machine saturates; "
-                    "reduce_range=false is finer where the machine has VNNI")
+            rw.note(
+                "weights use [-64, 64], which no machine saturates; "
+                "reduce_range=false is finer where the machine has VNNI"
+            )
         if errors and not self.reduce_range:
             rw.note("weights use [-127, 127]: wrong on machines with AVX2 and no VNNI")
         if small:
@@ -131,7 +144,7 @@ class Int8(Pass):
 def _unsupported(readers: list[fx.Node], weight: fx.Node) -> fx.Node | None:
     """The first reader that has no quantized form for this argument."""
     for reader in readers:
-        position = _WEIGHT_ARGUMENT.get(reader.target)  # type: ignore[arg-type]
+        position = _WEIGHT_ARGUMENT.get(reader.target)
         if position is None or reader.args[position] is not weight:
             return reader
         if sum(argument is weight for argument in reader.args) > 1:

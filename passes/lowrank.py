@@ -61,15 +61,21 @@ class LowRank(Pass):
     def __post_init__(self) -> None:
         given = [o for o in ("ratio", "rank", "energy") if getattr(self, o) is not None]
         if len(given) > 1:
-            raise UsageError(f"lowrank takes one of ratio, rank, energy, not {' and '.join(given)}",
-                             fix=f"keep {given[0]} and drop the rest")
+            raise UsageError(
+                f"lowrank takes one of ratio, rank, energy, not {' and '.join(given)}",
+                fix=f"keep {given[0]} and drop the rest",
+            )
         for option in ("ratio", "energy"):
             number = getattr(self, option)
             if number is not None and not 0 < number <= 1:
-                raise UsageError(f"lowrank{{{option}={number}}}: {option} lies in (0, 1]",
-                                 fix=f"lowrank{{{option}=0.9}}")
+                raise UsageError(
+                    f"lowrank{{{option}={number}}}: {option} lies in (0, 1]",
+                    fix=f"lowrank{{{option}=0.9}}",
+                )
         if self.rank is not None and self.rank < 1:
-            raise UsageError(f"lowrank{{rank={self.rank}}}: rank is 1 or more", fix="lowrank{rank=64}")
+            raise UsageError(
+                f"lowrank{{rank={self.rank}}}: rank is 1 or more", fix="lowrank{rank=64}"
+            )
 
     def requires(self, program: Program) -> None:
         """A rank beyond a selected product's full rank is refused."""
@@ -102,8 +108,9 @@ class LowRank(Pass):
 
     def _chosen(self, program: Program) -> list[tuple[Product, Tensor]]:
         names = select(self.select, program)
-        return [(p, program.tensor(p.weight).detach())
-                for p in products(program) if p.weight in names]
+        return [
+            (p, program.tensor(p.weight).detach()) for p in products(program) if p.weight in names
+        ]
 
     def _rank(self, values: Tensor, out_features: int, in_features: int) -> int:
         if self.rank is not None:
@@ -140,8 +147,10 @@ class LowRank(Pass):
         if shared:
             rw.note(f"left {shared} products as they are: others read the same weight")
         if not rw.modified and self == LowRank(select=self.select):
-            rw.note("nothing pays at the default energy of 0.9999: "
-                    "ask for a cut with ratio=, rank= or energy=")
+            rw.note(
+                "nothing pays at the default energy of 0.9999: "
+                "ask for a cut with ratio=, rank= or energy="
+            )
 
 
 def _spectrum(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,45 @@
+"""Watching values while a program runs: statistics of activations, without keeping activations.
+
+Each watched node's value is handed to a callback as soon as it is computed and
+dropped after its last use, so memory stays that of one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .program import Program
+
+Watch = Callable[[Tensor], None]
+
+
+def observe(
+    program: Program, inputs: Iterable[Mapping[str, Tensor]], watch: Mapping[fx.Node, Watch]
+) -> None:
+    """Runs ``program`` on each of ``inputs`` and hands the values of watched nodes over.
+
+    Args:
+        program: not changed.
+        inputs: tensors by input name, one mapping a run.
+        watch: a callback for each node of ``program.graph`` of interest. It must
+            not keep the tensor it is given, only what it computes from it.
+    """
+    with torch.no_grad():
+        for given in inputs:
+            _Observer(program.module, watch).run(*program.signature.bind(given))
+
+
+class _Observer(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, watch: Mapping[fx.Node, Watch]) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self._watch = watch
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if (callback := self._watch.get(n)) is not None:
+            callback(result)
+        return result
