@@ -65,7 +65,7 @@ def _merged(e: Emitter, x: Value) -> Value | None:
     maker = x.producer()
     if maker is None or maker.op_type != "Transpose":
         return None
-    if maker.attributes["perm"].as_ints() != _HEADS_FIRST:
+    if list(maker.attributes["perm"].as_ints()) != _HEADS_FIRST:
         return None
     batch, heads, length, depth = e.dims(x)
     if not isinstance(heads, int) or not isinstance(depth, int):

@@ -1,0 +1,145 @@
+"""onnxruntime behind tensors: a model on disk or in memory, run by name on the CPU.
+
+Whatever onnxruntime complains about becomes an error that names the model's own
+inputs, with the fix. onnxruntime warns about nodes that it removes while it
+optimizes; only errors are printed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ftc.graph.errors import SourceError, UsageError, nearest
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_ERRORS_ONLY = 3
+
+_KINDS = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int16)": torch.int16,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+
+
+class OnnxSession:
+    """One loaded model.
+
+    Args:
+        model: path of a file, or a model in memory of less than 2 GB.
+        threads: how many one operator may use; by default onnxruntime decides.
+
+    Attributes:
+        input_names, output_names: in the model's order.
+        input_shapes: sizes and names of dynamic dimensions, by input.
+
+    Raises:
+        SourceError: when the file is missing or onnxruntime refuses it.
+    """
+
+    def __init__(
+        self, model: str | os.PathLike[str] | ir.Model, threads: int | None = None
+    ) -> None:
+        self._session = _open(model, threads)
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.input_names: tuple[str, ...] = tuple(i.name for i in inputs)
+        self.output_names: tuple[str, ...] = tuple(o.name for o in outputs)
+        self.input_shapes: dict[str, tuple[int | str, ...]] = {
+            i.name: tuple(i.shape) for i in inputs
+        }
+        self._kinds = {i.name: _KINDS.get(i.type) for i in inputs}
+
+    def run(self, inputs: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> dict[str, Tensor]:
+        """Outputs by name.
+
+        Args:
+            inputs: CPU tensors or arrays by input name.
+
+        Raises:
+            UsageError: for a missing or unknown name, a wrong dtype, rank or size,
+                or whatever else onnxruntime refuses when it runs.
+        """
+        feed = {name: self._checked(name, given) for name, given in inputs.items()}
+        for name in self.input_names:
+            if name not in feed:
+                known = ", ".join(self.input_names)
+                raise UsageError(f"missing input {name!r}", fix=f"inputs: {known}")
+        try:
+            results = self._session.run(None, feed)
+        except Exception as error:
+            sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+            raise UsageError(
+                f"onnxruntime cannot run these inputs: {_first_line(error)}",
+                where=sizes,
+                fix="give sizes within the model's limits, one size for each named dimension",
+            ) from error
+        return {
+            name: torch.from_numpy(np.asarray(result))
+            for name, result in zip(self.output_names, results, strict=True)
+        }
+
+    __call__ = run
+
+    def _checked(self, name: str, given: Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if name not in self._kinds:
+            raise UsageError(f"unknown input {name!r}", fix=nearest(name, self.input_names))
+        tensor = given if isinstance(given, Tensor) else torch.from_numpy(np.asarray(given))
+        shape = self.input_shapes[name]
+        fits = tensor.dim() == len(shape) and all(
+            not isinstance(want, int) or want == got
+            for want, got in zip(shape, tensor.shape, strict=True)
+        )
+        wanted = self._kinds[name]
+        if not fits or (wanted is not None and tensor.dtype != wanted):
+            raise UsageError(
+                f"input {name!r} is {tensor.dtype} of shape {list(tensor.shape)}",
+                fix=f"pass {wanted} of shape [{', '.join(map(str, shape))}]",
+            )
+        array: np.ndarray[Any, Any] = tensor.detach().cpu().contiguous().numpy()
+        return array
+
+
+def _open(model: Any, threads: int | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    where = None
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(model)
+        where = str(path)
+        if not path.is_file():
+            raise SourceError(f"no ONNX file {path}", fix="write one with `ftc export`")
+        source: Any = str(path)
+    else:
+        from onnx_ir import to_proto
+
+        source = to_proto(model).SerializeToString()
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise SourceError(
+            f"onnxruntime cannot load the model: {_first_line(error)}",
+            where=where,
+            fix="lower the program again with `ftc export`",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
