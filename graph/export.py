@@ -87,7 +87,7 @@ def _export(
     model: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic, kind: Any
 ) -> ExportedProgram:
     shapes = {name: dict.fromkeys(dynamic.get(name, {}), kind) for name in inputs}
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(
             model,

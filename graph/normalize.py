@@ -25,8 +25,11 @@ from .shapes import VAL
 aten = torch.ops.aten
 
 _ASSERTS = {
-    "aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async",
-    "aten.sym_constrain_range", "aten.sym_constrain_range_for_size",
+    "aten._assert_tensor_metadata",
+    "aten._assert_scalar",
+    "aten._assert_async",
+    "aten.sym_constrain_range",
+    "aten.sym_constrain_range_for_size",
 }
 _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 _LIFTS = {"aten.lift_fresh", "aten.lift_fresh_copy", "aten.alias"}
@@ -43,11 +46,13 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
         CaptureError: for an in-place write that has no functional form here.
     """
     graph = fx.Graph()
-    copies = _inline(module, graph, {})
-    for node in copies:
+    inliner = _Inliner(module, graph)
+    output = graph.output(inliner.copy(module, "", {}))
+    output.meta = dict(module.graph.output_node().meta)
+    for node in [*inliner.copies, output]:
         stamp_captured(node)
         node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
-    for node in reversed(copies):
+    for node in reversed(inliner.copies):
         if node.op == "placeholder":
             graph._root.append(node)
     _drop_asserts(graph)
@@ -63,59 +68,95 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
     return result
 
 
-def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> list[fx.Node]:
-    """Copies ``module``'s nodes into ``graph``, entering wrappers; returns the copies."""
-    copies: list[fx.Node] = []
-    skipped: dict[fx.Node, tuple[Any, ...]] = {}
-    readers: dict[str, fx.Node] = {}
-    for node in module.graph.nodes:
-        target = str(node.target)
-        if node.op == "get_attr" and isinstance(_lookup(module, target), nn.Module):
-            continue
-        if node.op == "call_function" and any(name in target for name in _WRAPPERS):
-            skipped[node] = _enter(module, node, graph, env, copies)
-        elif node.op == "call_function" and node.target is operator.getitem and node.args[0] in skipped:
-            env[node] = skipped[node.args[0]][node.args[1]]
-        elif node.op == "get_attr" and target in readers:
-            env[node] = readers[target]
-        else:
+class _Inliner:
+    """Copies a module's nodes into ``graph``, entering the bodies of wrappers.
+
+    Attributes:
+        copies: the nodes made, in order.
+    """
+
+    def __init__(self, root: fx.GraphModule, graph: fx.Graph) -> None:
+        self._root, self._graph = root, graph
+        self._readers: dict[str, fx.Node] = {}
+        self._trainable: set[fx.Node] = set()  # values that a parameter goes into
+        self.copies: list[fx.Node] = []
+
+    def copy(self, module: fx.GraphModule, path: str, env: dict[fx.Node, Any]) -> tuple[Any, ...]:
+        """Copies one graph; returns the copies of its outputs.
+
+        Args:
+            module: the root, or the body of a wrapper.
+            path: its qualified name with a final dot, ``""`` for the root.
+            env: copies of the placeholders, for a body.
+        """
+        entered: dict[fx.Node, tuple[Any, ...]] = {}
+        for node in module.graph.nodes:
+            target = str(node.target)
+            if node in env or (
+                node.op == "get_attr" and isinstance(_lookup(module, target), nn.Module)
+            ):
+                continue
             if node.op == "output":
-                leaves = torch.utils._pytree.tree_leaves(fx.node.map_arg(node.args[0], env.get))
-                copy = graph.output(tuple(leaves))
-                copy.meta = dict(node.meta)
+                leaves = torch.utils._pytree.tree_leaves(node.args[0])
+                return tuple(env[n] if isinstance(n, fx.Node) else n for n in leaves)
+            if node.op == "call_function" and any(name in target for name in _WRAPPERS):
+                entered[node] = self._enter(module, path, node, env)
+            elif node.target is operator.getitem and node.args[0] in entered:
+                env[node] = entered[node.args[0]][node.args[1]]
+            elif node.op == "get_attr":
+                env[node] = self._reader(path + target, node)
             else:
-                copy = graph.node_copy(node, env.__getitem__)
-            env[node] = copy
-            copies.append(copy)
-            if node.op == "get_attr":
-                readers[target] = copy
-    return copies
+                env[node] = self._keep(self._graph.node_copy(node, env.__getitem__))
+        raise AssertionError("a graph without an output")
 
+    def _enter(
+        self, module: fx.GraphModule, path: str, call: fx.Node, env: dict[fx.Node, Any]
+    ) -> tuple[Any, ...]:
+        """Inlines the body of a wrapper; what ran without gradients stays without them."""
+        place = next(
+            i for i, a in enumerate(call.args)
+            if isinstance(a, fx.Node) and a.op == "get_attr"
+            and isinstance(_lookup(module, str(a.target)), fx.GraphModule)
+        )  # fmt: skip
+        autocast = "autocast" in str(call.target)
+        if autocast and True in call.args[:place]:
+            stamp_captured(call)
+            raise CaptureError(
+                "the model switches autocast on inside itself", where=describe(call),
+                fix="capture it in the dtype that computes, without the `with torch.autocast`",
+            )  # fmt: skip
+        name = str(call.args[place].target)  # type: ignore[union-attr]
+        body = _lookup(module, name)
+        holders = [n for n in body.graph.nodes if n.op == "placeholder"]
+        operands = [env[a] if isinstance(a, fx.Node) else a for a in call.args[place + 1 :]]
+        outputs = self.copy(body, f"{path}{name}.", dict(zip(holders, operands, strict=True)))
+        if autocast or call.args[0] is True:
+            return outputs
+        return tuple(self._detached(node) for node in outputs)
 
-def _enter(
-    module: fx.GraphModule, call: fx.Node, graph: fx.Graph, env: dict[fx.Node, Any],
-    copies: list[fx.Node],
-) -> tuple[Any, ...]:
-    """Inlines the body of a wrapper; returns the nodes of its outputs."""
-    position = next(i for i, a in enumerate(call.args)
-                    if isinstance(a, fx.Node) and a.op == "get_attr"
-                    and isinstance(_lookup(module, str(a.target)), fx.GraphModule))
-    body = _lookup(module, str(call.args[position].target))  # type: ignore[union-attr]
-    inner: dict[fx.Node, Any] = {}
-    operands = iter(call.args[position + 1:])
-    result: tuple[Any, ...] = ()
-    for node in body.graph.nodes:
-        if node.op == "placeholder":
-            inner[node] = env[next(operands)]  # type: ignore[index]
-        elif node.op == "output":
-            result = tuple(fx.node.map_arg(node.args[0], inner.__getitem__))
-        elif node.op == "call_function" and any(name in str(node.target) for name in _WRAPPERS):
-            raise CaptureError("nested gradient or autocast switches", where=describe(node),
-                               fix="remove the inner `with`")
-        else:
-            inner[node] = graph.node_copy(node, inner.__getitem__)
-            copies.append(inner[node])
-    return result
+    def _detached(self, node: Any) -> Any:
+        if node not in self._trainable:
+            return node
+        copy = self._graph.call_function(aten.detach.default, (node,))
+        copy.meta = dict(node.meta)
+        self.copies.append(copy)
+        return copy
+
+    def _reader(self, target: str, node: fx.Node) -> fx.Node:
+        """The one node that reads the tensor ``target``."""
+        if target not in self._readers:
+            copy = self._keep(self._graph.node_copy(node))
+            copy.target = target
+            self._readers[target] = copy
+            if isinstance(_lookup(self._root, target), nn.Parameter):
+                self._trainable.add(copy)
+        return self._readers[target]
+
+    def _keep(self, copy: fx.Node) -> fx.Node:
+        self.copies.append(copy)
+        if not self._trainable.isdisjoint(copy.all_input_nodes):
+            self._trainable.add(copy)
+        return copy
 
 
 def _drop_asserts(graph: fx.Graph) -> None:
@@ -141,6 +182,8 @@ def _functionalize(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, OpOverload):
             continue
+        if node.target is aten.detach_.default:
+            node.target = aten.detach.default
         if not node.target._schema.is_mutable or not node.args:
             continue
         written = node.args[0]
@@ -152,12 +195,18 @@ def _functionalize(graph: fx.Graph) -> None:
         if functional is None:
             if "batch_norm" in str(node.target):
                 continue
-            raise CaptureError(f"in-place operator {node.target}", where=describe(node),
-                               fix="use its functional form in the model")
+            raise CaptureError(
+                f"in-place operator {node.target}",
+                where=describe(node),
+                fix="use its functional form in the model",
+            )
         late = [u for u in written.users if order.get(u, 0) > order[node]]
         if written.op in ("get_attr", "placeholder") or _has_live_view(written, order, order[node]):
-            raise CaptureError(f"{node.target} writes to a tensor that others share",
-                               where=describe(node), fix="write to a copy: x = x.clone()")
+            raise CaptureError(
+                f"{node.target} writes to a tensor that others share",
+                where=describe(node),
+                fix="write to a copy: x = x.clone()",
+            )
         node.target = functional
         if node.target is aten.copy.default:
             node.target, node.args = aten.expand_as.default, (node.args[1], written)
@@ -183,8 +232,11 @@ def _has_live_view(node: fx.Node, order: dict[fx.Node, int], write: int) -> bool
 
 def _is_view(node: fx.Node) -> bool:
     target = node.target
-    return (node.op == "call_function" and isinstance(target, OpOverload)
-            and any(r.alias_info is not None for r in target._schema.returns))
+    return (
+        node.op == "call_function"
+        and isinstance(target, OpOverload)
+        and any(r.alias_info is not None for r in target._schema.returns)
+    )
 
 
 def _lookup(module: nn.Module, name: str) -> Any:
