@@ -118,15 +118,17 @@ class _Inliner:
             if isinstance(a, fx.Node) and a.op == "get_attr"
             and isinstance(_lookup(module, str(a.target)), fx.GraphModule)
         )  # fmt: skip
-        autocast = "autocast" in str(call.target)
-        if autocast and True in call.args[:place]:
-            stamp_captured(call)
-            raise CaptureError(
-                "the model switches autocast on inside itself", where=describe(call),
-                fix="capture it in the dtype that computes, without the `with torch.autocast`",
-            )  # fmt: skip
         name = str(call.args[place].target)  # type: ignore[union-attr]
         body = _lookup(module, name)
+        autocast = "autocast" in str(call.target)
+        if autocast and True in call.args[:place]:
+            inside = next(n for n in body.graph.nodes if n.op == "call_function")
+            stamp_captured(inside)
+            raise CaptureError(
+                "the model switches autocast on inside itself",
+                where=describe(inside),
+                fix="capture it in the dtype that computes, without the `with torch.autocast`",
+            )
         holders = [n for n in body.graph.nodes if n.op == "placeholder"]
         operands = [env[a] if isinstance(a, fx.Node) else a for a in call.args[place + 1 :]]
         outputs = self.copy(body, f"{path}{name}.", dict(zip(holders, operands, strict=True)))
