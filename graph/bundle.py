@@ -99,7 +99,7 @@ def _fill(folder: Path, program: Program, files: Mapping[str, Callable[[Path], N
     for name in facts:
         check_tensor_name(name)
     nodes = encode_graph(program.graph)
-    copy_assets(program.assets, folder)
+    notes = copy_assets(program.assets, folder)
     _write_lines(folder / _GRAPH, {"nodes": nodes, "tensors": facts})
     hashes = {_WEIGHTS: write_tensors(folder / _WEIGHTS, tensors)}
     for name, write in files.items():
@@ -116,7 +116,7 @@ def _fill(folder: Path, program: Program, files: Mapping[str, Callable[[Path], N
         "signature": _encode_signature(program.signature),
         "ties": sorted(sorted(names) for names in program.ties),
         "history": [asdict(record) for record in program.history],
-        "notes": list(program.notes),
+        "notes": [*program.notes, *notes],
         "files": listed,
     }
     (folder / _HEAD).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
@@ -155,7 +155,7 @@ def load_bundle(path: str | Path) -> Program:
         )
     except BundleError as error:
         raise BundleError(error.what, where=error.where or str(folder), fix=error.fix) from None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SyntaxError) as error:
         raise BundleError(
             f"{folder} is malformed: {type(error).__name__}: {error}", fix="make the bundle again"
         ) from None

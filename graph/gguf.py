@@ -21,11 +21,10 @@ import torch
 from torch import nn
 
 from .errors import SourceError
-from .gguf_header import Header, read_header
+from .gguf_header import VOCABULARY, Header, read_header
 from .huggingface import Loaded, build, choose_task, quiet
 from .tasks import auto_class
-
-_VOCABULARY = "tokenizer.ggml.tokens"
+from .tensor_file import aligned
 
 
 def load_gguf(path: Path, task: str | None) -> Loaded:
@@ -82,15 +81,18 @@ def _config(header: Header) -> Any:
                     folder, gguf_file=copy.name, local_files_only=True, trust_remote_code=False
                 )
         except Exception as error:
-            raise SourceError(
-                f"transformers cannot read a GGUF file of the architecture {header.architecture!r}:"
-                f" {error}",
-                where=str(header.path),
-                fix="use the model's folder with config.json and safetensors",
-            ) from error
-    if f"{header.architecture}.vocab_size" not in header.fields and _VOCABULARY in header.fields:
-        config.vocab_size = header.fields[_VOCABULARY][0]
+            raise _unknown(header, error) from error
+    if f"{header.architecture}.vocab_size" not in header.fields and VOCABULARY in header.fields:
+        config.vocab_size = header.fields[VOCABULARY][0]
     return config
+
+
+def _unknown(header: Header, error: Exception) -> SourceError:
+    return SourceError(
+        f"transformers cannot read GGUF of the architecture {header.architecture!r}: {error}",
+        where=str(header.path),
+        fix="use the model's folder with config.json and safetensors",
+    )
 
 
 def _usual_architectures(config: Any) -> list[str]:
@@ -111,7 +113,10 @@ def _weights(header: Header, config: Any, task: str) -> dict[str, torch.Tensor]:
         model = auto_class(task)._model_mapping[type(config)](config)
     maker: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
     processor = maker(config=config.to_dict())
-    names: dict[str, str] = get_gguf_hf_weights_map(_Names.of(model), processor)
+    try:
+        names: dict[str, str] = get_gguf_hf_weights_map(_Names.of(model), processor)
+    except NotImplementedError as error:
+        raise _unknown(header, error) from error
     weights: dict[str, torch.Tensor] = {}
     for name in header.tensors:
         result = processor.process(
@@ -121,7 +126,8 @@ def _weights(header: Header, config: Any, task: str) -> dict[str, torch.Tensor]:
             parsed_parameters={"tensors": weights},
         )
         if result.name in names:
-            weights[names[result.name]] = torch.from_numpy(np.ascontiguousarray(result.weights))
+            tensor = torch.from_numpy(np.ascontiguousarray(result.weights))
+            weights[names[result.name]] = tensor if aligned(tensor) else tensor.clone()
     return weights
 
 
@@ -141,7 +147,7 @@ def _dequantized(header: Header, name: str) -> np.ndarray[Any, Any]:
             fix="download or copy it again",
         )
     raw = header.data[start : start + rows * row].view(np.ndarray).reshape(rows, row)
-    result = np.empty((rows, sizes[-1]), np.float32)
+    result = torch.empty(rows, sizes[-1]).numpy()  # numpy's own memory is not aligned
     step = max(1, (1 << 22) // max(sizes[-1], 1))
     for first in range(0, rows, step):
         result[first : first + step] = dequantize(raw[first : first + step], quantization)

@@ -31,6 +31,7 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+VOCABULARY = "tokenizer.ggml.tokens"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_OLD = "-old"
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -45,9 +46,12 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 def recover(path: Path) -> None:
     """Puts the old folder back, where a process died between the two renames of a replacement."""
-    aside = _aside(path)
-    if not path.exists() and aside.is_dir():
-        aside.rename(path)
+    if path.exists():
+        return
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.ftc-*{_OLD}"):
+        if aside.is_dir() and not _in_use(aside, path):
+            aside.rename(path)
+            return
 
 
 def _put(new: Path, path: Path) -> None:
@@ -55,8 +59,7 @@ def _put(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
     elif not _exchange(new, path):
-        aside = _aside(path)
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = new.with_name(new.name + _OLD)
         path.rename(aside)
         try:
             new.rename(path)
@@ -83,18 +86,18 @@ def _prefix(path: Path) -> str:
     return f".{path.name}.ftc-{re.sub(r'[^A-Za-z0-9]', '_', socket.gethostname())}-"
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.ftc-old")
-
-
 def _remove_leftovers(path: Path) -> None:
-    """Removes what dead processes of this machine left, and an old folder that is not needed."""
+    """Removes what dead processes of this machine left beside ``path``."""
     recover(path)
     for folder in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
-        pid = folder.name.removeprefix(_prefix(path))
-        if pid.isdigit() and not _alive(int(pid)):
+        if not _in_use(folder, path):
             shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(_aside(path), ignore_errors=True)
+
+
+def _in_use(folder: Path, path: Path) -> bool:
+    """Whether a process of this machine that made ``folder`` beside ``path`` is alive."""
+    pid = folder.name.removesuffix(_OLD).removeprefix(_prefix(path))
+    return pid.isdigit() and _alive(int(pid))
 
 
 def _alive(pid: int) -> bool:

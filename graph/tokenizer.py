@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .errors import SourceError
+from .gguf_header import VOCABULARY, read_header
 from .huggingface import quiet
 from .program import Program
 
@@ -56,15 +58,8 @@ def tokenizer(source: Program | Path | None) -> Any:
     place = source.assets if isinstance(source, Program) else source
     if place is None:
         return None
-    if place.suffix == ".gguf" and place.is_file():
-        from transformers import PreTrainedTokenizerFast
-
-        with quiet():
-            found = PreTrainedTokenizerFast.from_pretrained(
-                place.parent, gguf_file=place.name, local_files_only=True
-            )
-        found.init_kwargs.pop("local_files_only", None)
-        return found
+    if place.is_file():
+        return _from_gguf(place)
     if not any((place / name).is_file() for name in _VOCABULARIES):
         return None
     from transformers import AutoTokenizer
@@ -73,18 +68,43 @@ def tokenizer(source: Program | Path | None) -> Any:
         return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
 
 
-def copy_assets(source: Path | None, folder: Path) -> None:
-    """Copies the tokenizer's and configuration's files into ``folder``.
+def _from_gguf(path: Path) -> Any:
+    if VOCABULARY not in read_header(path).fields:
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        with quiet():
+            found: Any = PreTrainedTokenizerFast.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True
+            )
+    except Exception as error:
+        raise SourceError(
+            f"transformers cannot read the tokenizer in {path}: {error}",
+            fix="put the model's tokenizer.json into a folder, and name the folder",
+        ) from error
+    found.init_kwargs.pop("local_files_only", None)
+    return found
+
+
+def copy_assets(source: Path | None, folder: Path) -> tuple[str, ...]:
+    """Copies the tokenizer's and configuration's files into ``folder``; returns notes.
 
     A GGUF file's vocabulary becomes tokenizer.json, so that the copy needs the
-    file no longer.
+    file no longer; where that cannot be done, a note says so and none is there.
     """
     if source is None:
-        return
+        return ()
     if source.is_file():
-        tokenizer(source).save_pretrained(folder)
-        return
+        try:
+            found = tokenizer(source)
+        except SourceError as error:
+            return (f"saved without a tokenizer: {error.what}",)
+        if found is not None:
+            found.save_pretrained(folder)
+        return ()
     for name in ASSETS:
         if (source / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
+    return ()

@@ -1,4 +1,4 @@
-"""Sources: every kind of place a model can be, and every way it can be wrong."""
+"""Folders of transformers: what capture finds in them, and every way they can be wrong."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import json
 import pickle
 import shutil
 import socket
-import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-from ftc.graph.bundle import save_bundle
-from ftc.graph.errors import CaptureError, FtcError, SourceError, UsageError
+from ftc.graph.errors import UsageError
 from ftc.graph.sources import capture
 from ftc.graph.tokenizer import tokenizer
 
-from .families import FAMILIES, Family, Mlp
+from .families import FAMILIES, Family
+from .places import refused, same
 
 BERT = next(f for f in FAMILIES if f.name == "bert")
 
@@ -35,19 +32,6 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(bert: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bert, tmp_path / "model"))
-
-
-def refused(call: Any, *words: str, kind: type[FtcError] = SourceError) -> FtcError:
-    """The error of ``call``, which must speak of ``words``, and say what to do."""
-    with pytest.raises(kind) as caught:
-        call()
-    for word in words:
-        assert word in str(caught.value)
-    assert caught.value.fix
-    return caught.value
-
-
-# Folders of transformers
 
 
 def test_ranges_limits_and_mask_come_from_the_model(bert: Path) -> None:
@@ -151,6 +135,16 @@ def test_a_hub_id_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refused(lambda: capture("no-such-org/no-such-model"), "no-such-org/no-such-model", "hub id")
+
+
+def test_half_precision_weights_are_computed_in_fp32(bert: Path, tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForMaskedLM.from_pretrained(bert).half()
+    model.save_pretrained(tmp_path)
+    program = capture(tmp_path)
+    assert {p.dtype for p in program.module.parameters()} == {torch.float32}
+    assert program.signature.outputs[0].dtype == torch.float32
 
 
 def drop(name: str) -> Any:
@@ -262,257 +256,6 @@ def test_a_folder_without_a_tokenizer(bert: Path) -> None:
     program = capture(bert)
     assert program.assets == bert.resolve()
     assert tokenizer(program) is None
-
-
-# Modules, factories, archives, bundles
-
-
-def make_mlp() -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    return Mlp(), torch.randn(2, 12)
-
-
-def test_modules_need_examples() -> None:
-    refused(lambda: capture(Mlp()), "example", kind=UsageError)
-
-
-FACTORY = """
-import torch
-from torch import nn
-
-def good():
-    torch.manual_seed(0)
-    return nn.Linear(3, 4), {"input": torch.randn(2, 3)}
-
-def bare():
-    return nn.Linear(3, 4)
-
-def bad():
-    raise OSError("no such weights")
-
-def odd():
-    return 7
-
-class maker:
-    make = staticmethod(good)
-
-number = 3
-"""
-
-
-@pytest.fixture
-def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    name = f"factory_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(FACTORY)
-    monkeypatch.chdir(tmp_path)
-    return name
-
-
-def test_factories(factory: str) -> None:
-    program = capture(f"{factory}:good")
-    assert program.signature.input_names == ("input",)
-    assert program.signature.dims == ("batch",)
-    assert same(program, capture(f"{factory}:maker.make"))
-    assert capture(f"{factory}:bare", examples=torch.randn(2, 3)).signature == program.signature
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("god", ["god", "good"]),
-        ("bad", ["OSError", "no such weights", ".py:13"]),
-        ("odd", ["int", "nn.Module"]),
-        ("number", ["number", "callable"]),
-    ],
-)
-def test_wrong_factories(factory: str, name: str, words: list[str]) -> None:
-    refused(lambda: capture(f"{factory}:{name}"), *words)
-
-
-def test_a_factory_without_examples(factory: str) -> None:
-    refused(lambda: capture(f"{factory}:bare"), "example", kind=UsageError)
-
-
-def test_an_unknown_module() -> None:
-    refused(lambda: capture("no_such_package.models:make"), "no_such_package")
-
-
-def test_a_factory_whose_module_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_factory.py").write_text("x = 1 / 0\n")
-    monkeypatch.chdir(tmp_path)
-    refused(lambda: capture("broken_factory:make"), "ZeroDivisionError", "broken_factory.py:1")
-
-
-def test_archives_only_with_trust(tmp_path: Path) -> None:
-    model, x = make_mlp()
-    batch = torch.export.Dim("batch")
-    exported = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: batch},))
-    path = tmp_path / "model.pt2"
-    torch.export.save(exported, path)
-    refused(lambda: capture(path), "--trust", "code")
-    program = capture(path, trust=True)
-    assert program.signature.dims == ("batch",)
-    other = torch.randn(5, 12)
-    with torch.no_grad():
-        torch.testing.assert_close(program(x=other)["output"], model(other))
-    path.write_bytes(b"PK nothing")
-    refused(lambda: capture(path, trust=True), "model.pt2")
-
-
-def test_bundles_are_sources(tmp_path: Path) -> None:
-    model, x = make_mlp()
-    program = capture(model, examples=x)
-    path = save_bundle(program, tmp_path / "bundle")
-    assert same(capture(path), program)
-    assert same(capture(str(path), task="module"), program)
-    refused(lambda: capture(path, task="causal-lm"), "module", kind=UsageError)
-
-
-@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors", "config.json", "notes.txt"])
-def test_other_files(tmp_path: Path, name: str) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / name).write_text("{}")
-    refused(lambda: capture(tmp_path / "sub" / name), *(["sub"] if "config" not in name else []))
-
-
-def test_an_empty_folder_and_one_too_far_up(bert: Path, tmp_path: Path) -> None:
-    refused(lambda: capture(tmp_path), "no model")
-    shutil.copytree(bert, tmp_path / "inner")
-    refused(lambda: capture(tmp_path), "inner")
-
-
-class Branch(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            return x + 1
-        return x - 1
-
-
-def test_a_model_that_does_not_trace_shows_its_line() -> None:
-    error = refused(
-        lambda: capture(Branch(), examples=torch.ones(2, 3)), "torch.where", kind=CaptureError
-    )
-    assert error.where and "if x.sum() > 0" in error.where
-
-
-# GGUF
-
-
-def write_gguf(path: Path, *, tied: bool = True) -> None:
-    """A tiny Llama in Q8_0 and fp32, with a vocabulary of bytes."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    for key, number in {
-        "context_length": 64,
-        "embedding_length": 64,
-        "block_count": 2,
-        "feed_forward_length": 96,
-        "head_count": 4,
-        "head_count_kv": 2,
-    }.items():
-        getattr(writer, f"add_{key}")(number)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    letters = [chr(c) for c in range(33, 127)]
-    tokens = ["<s>", "</s>", *letters, "ab"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    random = np.random.default_rng(0)
-    sizes = {"token_embd.weight": (len(tokens), 64), "output_norm.weight": (64,)}
-    if not tied:
-        sizes["output.weight"] = (len(tokens), 64)
-    for i in range(2):
-        sizes |= {
-            f"blk.{i}.attn_norm.weight": (64,),
-            f"blk.{i}.ffn_norm.weight": (64,),
-            f"blk.{i}.attn_q.weight": (64, 64),
-            f"blk.{i}.attn_k.weight": (32, 64),
-            f"blk.{i}.attn_v.weight": (32, 64),
-            f"blk.{i}.attn_output.weight": (64, 64),
-            f"blk.{i}.ffn_gate.weight": (96, 64),
-            f"blk.{i}.ffn_up.weight": (96, 64),
-            f"blk.{i}.ffn_down.weight": (64, 96),
-        }
-    for name, shape in sizes.items():
-        data = random.standard_normal(shape).astype(np.float32) * 0.1
-        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else None
-        if kind is not None:
-            data = gguf.quants.quantize(data, kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gguf")
-    write_gguf(folder / "tiny.gguf")
-    return folder / "tiny.gguf"
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("tied", [True, False])
-def test_gguf_gives_what_transformers_gives(tmp_path: Path, tied: bool) -> None:
-    import transformers
-
-    write_gguf(tmp_path / "tiny.gguf", tied=tied)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
-    program = capture(tmp_path)
-    assert program.signature.task == "causal-lm"
-    assert len(program.ties) == tied
-    weights = model.state_dict()
-    for name, parameter in program.module.named_parameters():
-        assert torch.equal(parameter, weights[name]), name
-    inputs = program.signature.probe()
-    with torch.no_grad():
-        torch.testing.assert_close(program(inputs)["logits"][0], model(**inputs).logits[0])
-
-
-def test_a_gguf_tokenizer_goes_into_the_bundle(llama: Path, tmp_path: Path) -> None:
-    program = capture(llama)
-    found = tokenizer(program)
-    ids = found("ab")["input_ids"]
-    assert ids
-    again = capture(save_bundle(program, tmp_path / "bundle"))
-    assert (tmp_path / "bundle" / "tokenizer.json").is_file()
-    assert tokenizer(again)("ab")["input_ids"] == ids
-
-
-def test_damaged_gguf(llama: Path, tmp_path: Path) -> None:
-    data = llama.read_bytes()
-    file = tmp_path / "model.gguf"
-    for length in (3, 30, 200, 3000, len(data) - 500):
-        file.write_bytes(data[:length])
-        refused(lambda: capture(file), "model.gguf")
-    file.write_bytes(b"GGML" + data[4:])
-    refused(lambda: capture(file), "model.gguf")
-    file.write_bytes(data[:4] + struct.pack("<I", 9) + data[8:])
-    refused(lambda: capture(file), "version 9")
-
-
-def test_two_gguf_files(llama: Path, tmp_path: Path) -> None:
-    shutil.copy(llama, tmp_path / "a.gguf")
-    shutil.copy(llama, tmp_path / "b.gguf")
-    refused(lambda: capture(tmp_path), "a.gguf", "b.gguf")
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two programs have one signature and one set of tensors."""
-    left, right = dict(a.tensors()), dict(b.tensors())
-    return (
-        a.signature == b.signature
-        and left.keys() == right.keys()
-        and all(torch.equal(left[k], right[k]) for k in left)
-    )
 
 
 def test_families_cover_the_tasks() -> None:
