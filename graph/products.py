@@ -25,15 +25,20 @@ class Product:
 
     Attributes:
         node: the ``aten.linear.default`` node.
-        x: its input, ``[..., in]``.
         weight: name of the parameter ``W``, ``[out, in]``.
         bias: name of the parameter ``b``, ``[out]``, or None.
     """
 
     node: fx.Node
-    x: fx.Node
     weight: str
     bias: str | None
+
+    @property
+    def x(self) -> fx.Node:
+        """Its input, ``[..., in]``, as the graph is now: a rewrite may have replaced it."""
+        x = self.node.args[0]
+        assert isinstance(x, fx.Node)
+        return x
 
 
 def products(program: Program) -> Iterator[Product]:
@@ -41,13 +46,13 @@ def products(program: Program) -> Iterator[Product]:
     for node in list(program.graph.nodes):
         if node.op != "call_function" or node.target is not aten.linear.default:
             continue
-        x, weight = node.args[0], node.args[1]
+        weight = node.args[1]
         bias = node.args[2] if len(node.args) > 2 else None
         if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
             continue
         if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
             continue
-        yield Product(node, x, str(weight.target), str(bias.target) if bias is not None else None)
+        yield Product(node, str(weight.target), str(bias.target) if bias is not None else None)
 
 
 def is_product(node: fx.Node) -> bool:

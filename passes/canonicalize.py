@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +54,7 @@ class Canonicalize(Pass):
             elif found is not None:
                 left.append((found, node.name))
         relaid = rewritten = 0
+        moved: dict[fx.Node, fx.Node] = {}
         for weight, contractions in by_weight.items():
             if reason := _obstacle(rw, weight, contractions):
                 left.append((reason, weight))
@@ -64,7 +65,7 @@ class Canonicalize(Pass):
                 relaid += 1
             for contraction in contractions:
                 if not stored_so or contraction.node.target is not aten.linear.default:
-                    _emit(rw, contraction)
+                    _emit(rw, contraction, moved)
                     rewritten += 1
         biases = sum(_take_bias(rw, node) for node in list(rw.graph.nodes))
         _say(rw, rewritten, relaid, biases, left)
@@ -99,13 +100,20 @@ def _store(rw: Rewriter, contraction: Contraction) -> None:
     rw.set_tensor(contraction.weight, tensor.reshape(rows, -1))
 
 
-def _emit(rw: Rewriter, c: Contraction) -> None:
-    """Replaces one product, and the reshapes around it where there are any."""
+def _emit(rw: Rewriter, c: Contraction, moved: dict[fx.Node, fx.Node]) -> None:
+    """Replaces one product, and the reshapes around it where there are any.
+
+    ``moved`` says what became of nodes that were replaced since ``c`` was
+    recognised: a product may read another directly.
+    """
+    bias = None if c.bias is None else moved.get(c.bias, c.bias)
+    c = replace(c, x=moved.get(c.x, c.x), bias=bias)
     outer = _reshaped_again(c)
     for old in outer or [c.node]:
         with rw.at(old):
             new = _linear(rw, c, whole=outer is not None)
         rw.replace(old, new)
+        moved[old] = new
 
 
 def _linear(rw: Rewriter, c: Contraction, *, whole: bool) -> fx.Node:

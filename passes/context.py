@@ -20,7 +20,7 @@ from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 
 Inputs = Mapping[str, Tensor]
-_PROBE_SIZES = ((2, 11, 13, 17), (3, 17, 19, 7))
+_PROBE_SIZES = ((2, 7, 11, 17), (3, 13, 19, 5))
 
 
 @dataclass(frozen=True)
