@@ -33,18 +33,7 @@ def call_factory(text: str) -> tuple[nn.Module, Examples | None]:
         SourceError: when there is no such factory, it raises, or it returns something else.
     """
     place, name = text.split(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        owner: object = importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        raise SourceError(
-            f"{text}: there is no module {error.name!r}",
-            fix="install it, or run where it can be imported from",
-        ) from error
-    except Exception as error:
-        raise _raised(f"importing {place}", error) from error
-    finally:
-        sys.path.remove(os.getcwd())
+    owner = _import(place, text)
     for part in name.split("."):
         if not hasattr(owner, part):
             raise SourceError(
@@ -67,6 +56,21 @@ def call_factory(text: str) -> tuple[nn.Module, Examples | None]:
             fix="return an nn.Module, or (module, examples)",
         )
     return module, examples
+
+
+def _import(place: str, text: str) -> object:
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise SourceError(
+            f"{text}: there is no module {error.name!r}",
+            fix="install it, or run where it can be imported from",
+        ) from error
+    except Exception as error:
+        raise _raised(f"importing {place}", error) from error
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 def _raised(what: str, error: Exception) -> SourceError:

@@ -23,7 +23,7 @@ from torch import nn
 from .errors import SourceError
 from .gguf_header import VOCABULARY, Header, read_header
 from .huggingface import Loaded, build, choose_task, quiet
-from .tasks import auto_class
+from .tasks import model_class, supports
 from .tensor_file import aligned
 
 
@@ -97,8 +97,8 @@ def _unknown(header: Header, error: Exception) -> SourceError:
 
 def _usual_architectures(config: Any) -> list[str]:
     """A GGUF file names no task: a causal language model, where there is such a class."""
-    known = auto_class("causal-lm")._model_mapping
-    return [known[type(config)].__name__] if type(config) in known else []
+    task = "causal-lm"
+    return [model_class(task, config).__name__] if supports(task, config) else []
 
 
 def _weights(header: Header, config: Any, task: str) -> dict[str, torch.Tensor]:
@@ -110,7 +110,7 @@ def _weights(header: Header, config: Any, task: str) -> dict[str, torch.Tensor]:
     )
 
     with torch.device("meta"), quiet():
-        model = auto_class(task)._model_mapping[type(config)](config)
+        model = model_class(task, config)(config)
     maker: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
     processor = maker(config=config.to_dict())
     try:

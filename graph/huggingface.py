@@ -22,7 +22,7 @@ from torch import nn
 
 from .errors import SourceError, UsageError, nearest
 from .safety import load_torch, weight_files
-from .tasks import FEATURES, auto_class, default_task, supports
+from .tasks import FEATURES, auto_class, default_task, model_class, supports
 from .tensor_file import aligned
 
 
@@ -79,8 +79,7 @@ def build(
     try:
         with quiet():
             # With a state_dict instead of files the auto class does not dispatch: go to the class.
-            maker = auto_class(task)
-            maker = maker if place is not None else maker._model_mapping[type(config)]
+            maker = auto_class(task) if place is not None else model_class(task, config)
             model, info = maker.from_pretrained(
                 place,
                 config=config,
@@ -96,13 +95,7 @@ def build(
             where=where,
             fix="check that config.json and the weights belong to one model",
         ) from error
-    if info.get("mismatched_keys"):
-        name, *shapes = sorted(info["mismatched_keys"])[0]
-        raise SourceError(
-            f"{name} has shape {tuple(shapes[0])} in the file, not {tuple(shapes[1])}",
-            where=where,
-            fix="config.json and the weights are of different models",
-        )
+    _check_shapes(info["mismatched_keys"], where)
     missing = frozenset(info["missing_keys"])
     model.eval()
     if task == FEATURES and "decoder_input_ids" in inspect.signature(model.forward).parameters:
@@ -110,6 +103,17 @@ def build(
         notes = (*notes, "an encoder-decoder model: captured its encoder")
     align(model)
     return Loaded(model, task, missing, notes)
+
+
+def _check_shapes(mismatched: Any, where: str) -> None:
+    """Refuses weights of another shape than the configuration's."""
+    if mismatched:
+        name, *shapes = sorted(mismatched)[0]
+        raise SourceError(
+            f"{name} has shape {tuple(shapes[0])} in the file, not {tuple(shapes[1])}",
+            where=where,
+            fix="config.json and the weights are of different models",
+        )
 
 
 def align(model: nn.Module) -> None:
@@ -139,7 +143,6 @@ def read_config(folder: Path) -> Any:
         SourceError: when config.json is missing, broken, or of an unknown model type.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     file = folder / "config.json"
     try:
@@ -152,6 +155,20 @@ def read_config(folder: Path) -> Any:
         raise SourceError(f"{file} is not valid JSON: {error}", fix="download it again") from None
     if not isinstance(raw, dict):
         raise SourceError(f"{file} is not a JSON object", fix="download it again")
+    _check_kind(file, raw)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        raise SourceError(f"{file}: {_first(error)}", fix="correct that entry") from error
+
+
+def _check_kind(file: Path, raw: dict[str, Any]) -> None:
+    """Refuses a configuration of a model that transformers itself does not have."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     kind = raw.get("model_type")
     if not isinstance(kind, str):
         raise SourceError(f"{file} names no model_type", fix='add "model_type", e.g. "bert"')
@@ -165,13 +182,6 @@ def read_config(folder: Path) -> Any:
             f"{file}: transformers does not know the model_type {kind!r}",
             fix=f"{own}; load it in Python and capture the module",
         )
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:
-        raise SourceError(f"{file}: {_first(error)}", fix="correct that entry") from error
 
 
 def choose_task(config: Any, task: str | None) -> tuple[str, tuple[str, ...]]:

@@ -125,28 +125,17 @@ def _files(
     else:
         raise _unreadable(file)
     inputs = default_inputs(loaded.model)
-    if examples is not None:
-        program = capture_module(
-            loaded.model,
-            examples,
-            dynamic=dynamic,
-            task=loaded.task,
-            limits=inputs.limits,
-            ranges=inputs.ranges,
-            assets=assets,
-            masks=inputs.masks,
-        )
-    else:
-        program = capture_module(
-            loaded.model,
-            inputs.examples,
-            dynamic=dynamic or inputs.dynamic,
-            task=loaded.task,
-            limits=inputs.limits,
-            ranges=inputs.ranges,
-            masks=inputs.masks,
-            assets=assets,
-        )
+    by_default = None if examples is not None else inputs.dynamic
+    program = capture_module(
+        loaded.model,
+        inputs.examples if examples is None else examples,
+        dynamic=dynamic or by_default,
+        task=loaded.task,
+        limits=inputs.limits,
+        ranges=inputs.ranges,
+        masks=inputs.masks,
+        assets=assets,
+    )
     if loaded.task == FEATURES and loaded.missing:
         program = drop_outputs(program, loaded.missing)
     read = frozenset(name for name, _ in program.tensors())

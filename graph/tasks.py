@@ -98,6 +98,18 @@ def auto_class(task: str) -> Any:
     return getattr(transformers, _CLASSES[task])
 
 
+def model_class(task: str, config: Any) -> Any:
+    """The class of transformers that ``config`` is loaded as for ``task``.
+
+    Where it has several, the one that the configuration names, or else the first.
+    """
+    found = auto_class(task)._model_mapping[type(config)]
+    if not isinstance(found, (tuple, list)):
+        return found
+    named = getattr(config, "architectures", None) or ()
+    return next((one for one in found if one.__name__ in named), found[0])
+
+
 def supports(task: str, config: Any) -> bool:
     """Whether transformers has a class of this kind of model for ``task``."""
     return type(config) in auto_class(task)._model_mapping
