@@ -7,7 +7,8 @@ everything above (embedding, generating, evaluating, measuring) is written once.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -82,6 +83,17 @@ class OnnxEngine:
         self.program.signature.bind(inputs)
         found: dict[str, Tensor] = self.session(inputs)
         return found
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """So many threads in torch, within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def set_threads(threads: int | None) -> None:

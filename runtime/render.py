@@ -113,10 +113,11 @@ def _notes(report: CompileReport, console: Console) -> None:
 
 
 def _phases(report: CompileReport, console: Console) -> None:
-    made = table("phase", "time", title="\ntime")
-    for name, seconds in report.seconds.items():
-        made.add_row(name, duration(seconds))
-    made.add_row("whole", duration(sum(report.seconds.values())), style="bold")
+    made = table("phase", "wall", "processor", title="\ntime")
+    for name, (wall, cpu) in report.phases.items():
+        made.add_row(name, duration(wall), duration(cpu))
+    walls, cpus = zip(*report.phases.values(), strict=True)
+    made.add_row("whole", duration(sum(walls)), duration(sum(cpus)), style="bold")
     console.print(made)
 
 

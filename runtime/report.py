@@ -59,7 +59,7 @@ class CompileReport:
         sizes: of the dynamic dimensions that operations are counted at.
         machine: processor, instruction sets, versions.
         notes: what capture and lowering decided.
-        seconds: wall time by phase.
+        phases: wall and processor seconds by phase.
     """
 
     source: str
@@ -73,7 +73,7 @@ class CompileReport:
     sizes: Mapping[str, int]
     machine: Mapping[str, Any]
     notes: tuple[str, ...] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    phases: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; bytes, seconds, multiply-adds."""
@@ -84,7 +84,8 @@ class CompileReport:
             "latencies": [each.to_dict() for each in self.latencies],
             "engines": {"original": self.engines[0], "result": self.engines[1]},
             "sizes": dict(self.sizes), "machine": dict(self.machine),
-            "notes": list(self.notes), "seconds": dict(self.seconds),
+            "notes": list(self.notes),
+            "phases": {n: {"wall": w, "cpu": c} for n, (w, c) in self.phases.items()},
         }  # fmt: skip
 
 

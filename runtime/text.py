@@ -25,7 +25,7 @@ from ftc.passes.context import Inputs
 
 IDS, TYPES = "input_ids", "token_type_ids"
 PROBE_TOKENS = (24, 17)
-CALIBRATION_ROWS, CALIBRATION_TOKENS = 32, 128
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 4, 64
 
 
 @dataclass(frozen=True, slots=True)
