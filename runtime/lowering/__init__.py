@@ -14,6 +14,7 @@ is called.
 """
 
 from . import (
+    activations,
     attention,
     constants,
     convolution,
@@ -32,6 +33,7 @@ from .table import Unsupported, lowers
 __all__ = [
     "Emitter",
     "Unsupported",
+    "activations",
     "attention",
     "constants",
     "convolution",

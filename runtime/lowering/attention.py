@@ -22,6 +22,7 @@ from .table import Unsupported, lowers
 aten = torch.ops.aten
 
 _HEADS_FIRST = [0, 2, 1, 3]
+_NEARLY_LOWEST = -1e38
 
 
 @lowers(aten.scaled_dot_product_attention.default)
@@ -52,7 +53,7 @@ def _of_merged(
     e: Emitter, merged: list[Any], mask: Value | None, query: Value, key: Value, value: Value,
     how: dict[str, Any],
 ) -> Value:  # fmt: skip
-    """Attention on ``[batch, length, heads * dim]``; the result's heads are split for its reader."""
+    """Attention on ``[batch, length, heads * dim]``; the result's heads are split."""
     batch, heads, length, _ = e.dims(query)
     depth = e.dims(value)[3]
     y = e.op("Attention", *merged, mask, q_num_heads=heads, kv_num_heads=e.dims(key)[1],
@@ -103,10 +104,14 @@ def _unrepeated(e: Emitter, x: Value) -> Value | None:
 
 
 def _mask(e: Emitter, mask: Value, rows: Any, columns: Any) -> Value:
-    """A mask ``[rows, columns]`` or with two dimensions before; onnxruntime broadcasts only these."""
+    """A mask ``[rows, columns]`` or with two dimensions before, which onnxruntime broadcasts."""
     dims = list(e.dims(mask))
     if dims[-2:] != [rows, columns]:
         mask = e.expand(mask, [*dims[:-2], rows, columns])
+    if e.dtype(mask) != torch.bool:
+        # onnxruntime takes the lowest finite number for -inf; torch only -inf itself.
+        finite = e.op("Max", mask, e.const(_NEARLY_LOWEST, e.dtype(mask)), dims=e.dims(mask))
+        mask = e.op("Where", e.op("IsInf", mask), mask, finite, dims=e.dims(mask))
     return e.unsqueeze(mask, 0) if len(dims) == 3 else mask
 
 

@@ -62,7 +62,8 @@ def decompose(node: fx.Node) -> Pieces:
         args, kwargs = pytree.tree_unflatten(given, spec)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    table = {op: f for op, f in _decompositions().items() if op not in lowered_operators()}
+    lowered = lowered_operators()
+    table = {op: f for op, f in _decompositions().items() if op is node.target or op not in lowered}
     try:
         with torch.no_grad(), mode if mode is not None else torch.no_grad():
             traced = make_fx(run, decomposition_table=table)(*(leaves[i] for i in positions))
@@ -70,6 +71,10 @@ def decompose(node: fx.Node) -> Pieces:
         raise Unsupported(
             f"its decomposition does not trace: {str(error).splitlines()[0]}"
         ) from error
+    for piece in traced.graph.nodes:
+        schema = getattr(piece.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            raise Unsupported(f"its decomposition writes in place ({piece.target})")
     if any(piece.target is node.target for piece in traced.graph.nodes):
         raise Unsupported("torch has no decomposition of it")
     return Pieces(traced, positions)

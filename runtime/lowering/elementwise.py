@@ -7,13 +7,15 @@ number becomes a constant of that type.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from onnx_ir import Value
 
-from .emitter import Emitter, constant_array
-from .table import Unsupported, lowers
+from .emitter import Emitter
+from .normalization import rms_form
+from .table import lowers
 
 aten = torch.ops.aten
 
@@ -42,12 +44,13 @@ def _unary(op_type: str, *operators: Any) -> None:
         return e.op(op_type, e.cast(x, e.out.dtype))
 
 
-for _name in (
-    "abs neg exp log sqrt sin cos tan asin acos atan sinh cosh asinh acosh atanh tanh sigmoid "
-    "erf floor ceil sign reciprocal relu mish hardswish softplus round"
-).split():
-    _onnx = {"hardswish": "HardSwish"}.get(_name, _name.capitalize())
-    _unary(_onnx, getattr(aten, _name).default)
+for _names in (
+    "abs neg exp log sqrt reciprocal floor ceil round sign erf sigmoid tanh relu mish softplus",
+    "sin cos tan asin acos atan sinh cosh asinh acosh atanh",
+):
+    for _name in _names.split():
+        _unary(_name.capitalize(), getattr(aten, _name).default)
+_unary("HardSwish", aten.hardswish.default)
 
 
 @lowers(aten.rsqrt.default)
@@ -67,6 +70,17 @@ def expm1(e: Emitter, x: Value) -> Value:
     return e.op("Sub", e.op("Exp", e.cast(x, dtype)), e.const(1, dtype))
 
 
+def _logarithm(base: float, operator: Any) -> None:
+    @lowers(operator)
+    def translate(e: Emitter, x: Value) -> Value:
+        natural = e.op("Log", e.cast(x, e.out.dtype))
+        return e.op("Mul", natural, e.const(1 / math.log(base), e.out.dtype))
+
+
+_logarithm(2, aten.log2.default)
+_logarithm(10, aten.log10.default)
+
+
 @lowers(aten.square.default)
 def square(e: Emitter, x: Value) -> Value:
     return e.op("Mul", x, x)
@@ -84,72 +98,6 @@ def isinf(e: Emitter, x: Value) -> Value:
 
 def _false(e: Emitter, x: Value) -> Value:
     return e.expand(e.const(False, torch.bool), e.dims(x))
-
-
-# Activations
-
-
-@lowers(aten.silu.default)
-def silu(e: Emitter, x: Value) -> Value:
-    # onnxruntime fuses this form into one kernel, faster than its Swish.
-    return e.op("Mul", x, e.op("Sigmoid", x))
-
-
-@lowers(aten.gelu.default)
-def gelu(e: Emitter, x: Value, approximate: str = "none") -> Value:
-    return e.op("Gelu", x, approximate=approximate)
-
-
-@lowers(aten.softplus.default)
-def softplus(e: Emitter, x: Value, beta: float = 1, threshold: float = 20) -> Value:
-    # Beyond the threshold torch returns x itself, which differs by less than exp(-threshold).
-    if beta == 1:
-        return e.op("Softplus", x)
-    factor = e.const(beta, e.dtype(x))
-    return e.op("Div", e.op("Softplus", e.op("Mul", x, factor)), factor)
-
-
-@lowers(aten.leaky_relu.default)
-def leaky_relu(e: Emitter, x: Value, negative_slope: float = 0.01) -> Value:
-    return e.op("LeakyRelu", x, alpha=float(negative_slope))
-
-
-@lowers(aten.elu.default)
-def elu(e: Emitter, x: Value, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Value:
-    if scale != 1 or input_scale != 1:
-        raise Unsupported("a scaled elu")
-    return e.op("Elu", x, alpha=float(alpha))
-
-
-@lowers(aten.hardsigmoid.default)
-def hardsigmoid(e: Emitter, x: Value) -> Value:
-    return e.op("HardSigmoid", x, alpha=1 / 6, beta=0.5)
-
-
-@lowers(aten.prelu.default)
-def prelu(e: Emitter, x: Value, weight: Value) -> Value:
-    trailing = max(e.rank(x) - 2, 0)
-    return e.op("PRelu", x, e.reshape(weight, [*e.dims(weight), *[1] * trailing]))
-
-
-@lowers(aten.hardtanh.default)
-def hardtanh(e: Emitter, x: Value, min_val: float = -1, max_val: float = 1) -> Value:
-    return clamp(e, x, min_val, max_val)
-
-
-@lowers(aten.relu6.default)
-def relu6(e: Emitter, x: Value) -> Value:
-    return clamp(e, x, 0, 6)
-
-
-@lowers(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
-def dropout(e: Emitter, x: Value, p: float, train: bool) -> Value:
-    if train and p > 0:
-        raise Unsupported("the program is in train mode (lower it in eval mode)")
-    return x
-
-
-# Arithmetic
 
 
 def _arithmetic(e: Emitter, op_type: str, a: Any, b: Any) -> Value:
@@ -198,38 +146,9 @@ def mul(e: Emitter, a: Any, b: Any) -> Value:
         return a
     if e.out.dtype == torch.bool:
         return e.op("And", e.cast(a, torch.bool), e.cast(b, torch.bool))
-    if (norm := _rms_norm(e, a, b) or _rms_norm(e, b, a)) is not None:
+    if (norm := rms_form(e, a, b) or rms_form(e, b, a)) is not None:
         return norm
     return _arithmetic(e, "Mul", a, b)
-
-
-def _rms_norm(e: Emitter, scale: Any, x: Any) -> Value | None:
-    """``scale * (x / sqrt(mean(x^2) + eps))`` as one operator, twice as fast in onnxruntime."""
-    if not (isinstance(scale, Value) and isinstance(x, Value) and e.out.dtype == torch.float32):
-        return None
-    parts: list[Value] = []
-    for op_type in ("Mul", "Reciprocal", "Sqrt", "Add", "ReduceMean", "Mul"):
-        source = x if not parts else parts[-1]
-        maker = source.producer()
-        if maker is None or maker.op_type != op_type:
-            return None
-        at = 1 if op_type == "Mul" and not parts else 0
-        if op_type == "Add":
-            epsilon = constant_array(maker.inputs[1])
-        if op_type == "ReduceMean":
-            axes = constant_array(maker.inputs[1])
-        if not parts:
-            normalized = maker.inputs[0]
-        if op_type == "Mul" and parts:
-            squared = maker.inputs
-        parts.append(maker.inputs[at])
-    if epsilon is None or epsilon.size != 1 or axes is None or axes.tolist() != [-1]:
-        return None
-    if squared != (normalized, normalized) or e.dtype(normalized) != torch.float32:
-        return None
-    if e.dims(scale) != e.dims(normalized)[-1:]:
-        return None
-    return e.op("RMSNormalization", normalized, scale, axis=-1, epsilon=float(epsilon.item()))
 
 
 @lowers(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from onnx_ir import Value
 
+from .elementwise import promoted
 from .emitter import Emitter
 from .table import Unsupported, lowers
 
@@ -149,19 +150,33 @@ def _scatter(
 def index_put(
     e: Emitter, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool = False
 ) -> Value:
+    axes = [axis for axis, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
-    if any(i is None for i in indices[: len(given)]):
-        raise Unsupported("index_put behind an axis that is not indexed")
-    rest = e.dims(x)[len(given) :]
     if e.dtype(given[0]) in (torch.bool, torch.uint8):
-        if len(given) != 1 or e.rank(values) or accumulate:
-            raise Unsupported("index_put through a mask with other than one value")
-        mask = e.reshape(given[0], [*e.dims(given[0]), *[1] * (e.rank(x) - e.rank(given[0]))])
-        return e.op("Where", e.cast(mask, torch.bool), values, x)
-    dims = _broadcast(e, given)
-    values = e.expand(e.cast(values, e.out.dtype), [*dims, *rest])
-    reduction = "add" if accumulate else None
-    return e.op("ScatterND", x, _stacked(e, given, dims), values, reduction=reduction)
+        return _masked_put(e, x, axes, given, values, accumulate)
+    if axes != list(range(axes[0], axes[-1] + 1)):
+        raise Unsupported("index_put at axes that are not adjacent")
+    lead, known, wide = axes[0], e.dims(x), _broadcast(e, given)
+    rest = [a for a in range(e.rank(x)) if a not in axes]
+    # torch lays the values out as the index dimensions in the place of the indexed axes.
+    layout = [*known[:lead], *wide, *known[axes[-1] + 1 :]]
+    values = e.expand(e.cast(values, e.out.dtype), layout)
+    inner = range(lead, lead + len(wide))
+    values = e.transpose(values, [*inner, *(a for a in range(len(layout)) if a not in inner)])
+    order = [*axes, *rest]
+    written = e.op("ScatterND", e.transpose(x, order), _stacked(e, given, wide), values,
+                   reduction="add" if accumulate else None)  # fmt: skip
+    return e.transpose(written, [order.index(a) for a in range(len(order))])
+
+
+def _masked_put(
+    e: Emitter, x: Value, axes: list[int], given: Sequence[Value], values: Value, accumulate: bool
+) -> Value:
+    """``x[mask] = value`` for one mask over the leading axes and one value."""
+    if axes != [0] or e.rank(values) or accumulate:
+        raise Unsupported("index_put through a mask with other than one value")
+    mask = e.reshape(given[0], [*e.dims(given[0]), *[1] * (e.rank(x) - e.rank(given[0]))])
+    return e.op("Where", e.cast(mask, torch.bool), values, x)
 
 
 def _broadcast(e: Emitter, given: Sequence[Value]) -> tuple[Any, ...]:
@@ -172,6 +187,42 @@ def _broadcast(e: Emitter, given: Sequence[Value]) -> tuple[Any, ...]:
         for at, size in enumerate(e.dims(value), rank - e.rank(value)):
             dims[at] = size if dims[at] == 1 else dims[at]
     return tuple(dims)
+
+
+@lowers(aten.slice_scatter.default)
+def slice_scatter(
+    e: Emitter, x: Value, source: Value, dim: int = 0, start: Any = None, end: Any = None,
+    step: Any = 1,
+) -> Value:  # fmt: skip
+    if step != 1 or not isinstance(start or 0, int) or (start or 0) < 0:
+        raise Unsupported("slice_scatter with a step or a computed start")
+    first = start or 0
+    last = first + e.dims(source)[dim]
+    tail = e.op("Slice", x, e.sizes.shape_value([last]), [2**63 - 1], [dim])
+    head = [e.op("Slice", x, [0], [first], [dim])] if first else []
+    return e.op("Concat", *head, source, tail, axis=dim)
+
+
+@lowers(aten.bucketize.Tensor)
+def bucketize(
+    e: Emitter, x: Value, boundaries: Value, out_int32: bool = False, right: bool = False
+) -> Value:
+    dtype = promoted(e, x, boundaries)
+    point, edges = e.cast(e.unsqueeze(x, -1), dtype), e.cast(boundaries, dtype)
+    below = e.op("LessOrEqual" if right else "Less", edges, point)
+    return e.op("ReduceSum", e.cast(below, torch.int64), [-1], keepdims=0)
+
+
+@lowers(aten.unfold.default)
+def unfold(e: Emitter, x: Value, dimension: int, size: int, step: int) -> Value:
+    """Windows of ``size`` every ``step``, the position within a window as the last axis."""
+    axis, rank = dimension % e.rank(x), e.rank(x)
+    count = e.sizes.dims(e.out)[axis]
+    starts = e.op("Range", e.scalar(0), e.op("Squeeze", e.sizes.value(count), [0]), e.scalar(1))
+    starts = e.op("Mul", starts, e.scalar(step), dims=(count,))
+    places = e.op("Add", e.unsqueeze(starts, 1), e.const(list(range(size)), torch.int64))
+    windows = e.op("Gather", x, places, axis=axis)
+    return e.transpose(windows, [*range(axis + 1), *range(axis + 2, rank + 1), axis + 1])
 
 
 @lowers(aten.tril.default)

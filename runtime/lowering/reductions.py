@@ -123,7 +123,7 @@ def var(
         dim, unbiased = None, dim
     less = (1 if unbiased else 0) if correction is None else correction
     centred = e.op("Sub", x, reduce(e, "ReduceMean", x, dim, True))
-    square = e.op("Mul", centred, centred)
+    square = e.op("Mul", centred, centred, dims=e.dims(x))
     if less == 0:
         return reduce(e, "ReduceMean", square, dim, keepdim)
     total = reduce(e, "ReduceSum", square, dim, keepdim)
@@ -164,7 +164,9 @@ def vector_norm(
     if op_type is None:
         raise Unsupported(f"a norm of order {ord}")
     x = e.cast(x, e.out.dtype)
-    return reduce(e, op_type, e.op("Abs", x) if ord == math.inf else x, dim, keepdim)
+    if ord == math.inf:
+        x = e.op("Abs", x, dims=e.dims(x))
+    return reduce(e, op_type, x, dim, keepdim)
 
 
 @lowers(aten.norm.ScalarOpt_dim, aten.norm.Scalar)

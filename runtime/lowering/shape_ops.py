@@ -134,7 +134,7 @@ def roll(e: Emitter, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()) 
         return e.op("Reshape", flat, e.sizes.shape_value(e.dims(x)))
     for shift, dim in zip(shifts, dims, strict=True):
         size = e.out.shape[dim]
-        if not isinstance(shift, int) or not isinstance(size, int) and shift == 0:
+        if not isinstance(shift, int) or (not isinstance(size, int) and shift == 0):
             raise Unsupported("a roll by a symbolic amount")
         if isinstance(size, int):
             shift %= size

@@ -50,7 +50,7 @@ class Sizes:
             self._named.update(_solve(form, sympy.Symbol(name, integer=True, positive=True)))
 
     def canonical(self, size: Any) -> Size:
-        """``size`` (an int, SymInt or expression) as an int or an expression in the signature's names."""
+        """A size (int, SymInt or expression) as an int or in the signature's names."""
         form = size if isinstance(size, sympy.Expr) else expression(size)
         if isinstance(form, int):
             return form
@@ -148,7 +148,7 @@ class Sizes:
 
 
 def _solve(form: sympy.Expr, name: sympy.Symbol) -> dict[sympy.Expr, sympy.Expr]:
-    """What ``form == name`` says about the symbol in ``form`` (``8*s0 == batch`` gives ``batch/8``)."""
+    """What ``form == name`` says of the symbol: ``8*s0 == batch`` gives ``{s0: batch/8}``."""
     if form.is_Symbol:
         return {form: name}
     symbols = list(form.free_symbols)
