@@ -23,9 +23,17 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar, Self, final
 
+from torch import Tensor
+
 from ftc.graph.cost import cost
 from ftc.graph.drift import Difference, compare, locate, summarize, worst_jump
-from ftc.graph.errors import BudgetError, PreconditionError, PromiseError, VerifyError
+from ftc.graph.errors import (
+    BudgetError,
+    PreconditionError,
+    PromiseError,
+    UsageError,
+    VerifyError,
+)
 from ftc.graph.printer import fingerprint
 from ftc.graph.program import Drift, PassRecord, Program
 from ftc.graph.rewriter import Rewriter
@@ -170,7 +178,7 @@ class Pass(ABC):
         if set(before.signature.input_names) != set(after.signature.input_names):
             return None  # an interface pass that changed the inputs: nothing to compare on
         differences: list[Difference] = []
-        outputs = zip(probes, ctx.outputs(before), ctx.outputs(after), strict=True)
+        outputs = zip(probes, ctx.outputs(before), self._outputs(after, ctx), strict=True)
         for probe, old, new in outputs:
             differences += compare(old, new, probe, before.signature).values()
         drift = summarize(differences, ctx.probe_source)
@@ -179,6 +187,17 @@ class Pass(ABC):
         if self.effect is Effect.APPROXIMATE:
             self._hold_budget(before, after, drift, ctx)
         return drift
+
+    def _outputs(self, after: Program, ctx: Context) -> tuple[dict[str, Tensor], ...]:
+        """Outputs on the probes that the program before this pass ran on."""
+        try:
+            return ctx.outputs(after)
+        except UsageError as error:
+            raise PromiseError(
+                f"{self.spec}: the result does not run, and the program before it did",
+                where=f"{error.what} ({error.where})",
+                fix="the pass is wrong: please report it",
+            ) from error
 
     def _test_annotation(self, before: Program, after: Program) -> None:
         old, new = dict(before.tensors()), dict(after.tensors())

@@ -199,7 +199,7 @@ def _einsum(node: fx.Node, program: Program) -> Contraction | str | None:
     at = 0 if weights[0] else 1
     weight, x = weights[at], tensors[1 - at]
     assert weight is not None and isinstance(x, fx.Node)
-    letters = _letters(equation, [len(shapes.shape(t)) for t in tensors])  # type: ignore[arg-type]
+    letters = _letters(equation, [len(shapes.shape(t)) for t in tensors])
     if letters is None:
         return "its einsum repeats an index or has an ellipsis beyond ours"
     terms, result = letters

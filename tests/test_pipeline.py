@@ -20,7 +20,7 @@ from ftc.passes import registry
 from ftc.passes.base import Context, Effect, Pass
 from ftc.passes.ordering import arrange
 from ftc.passes.pipeline import Observer, Pipeline, PrintIr
-from ftc.tests.tiny import tiny
+from ftc.tests.tiny import custom, tiny
 
 aten = torch.ops.aten
 
@@ -293,3 +293,23 @@ def test_observers_hear_everything_and_print():
     assert isinstance(heard[4], PromiseError)
     assert len(printed) == 1
     assert "aten.linear" in printed[0]
+
+
+def test_a_result_that_does_not_run_is_the_fault_of_the_pass():
+    """A view that the strides no longer allow: shapes are right, the program is not."""
+
+    @dataclass(frozen=True)
+    class Breaks(Pass):
+        name: ClassVar[str] = "breaks"
+        effect: ClassVar[Effect] = Effect.EXACT
+
+        def rewrite(self, rw, ctx):
+            node = next(n for n in rw.graph.nodes if n.target is aten.contiguous.default)
+            rw.replace(node, node.args[0])
+
+    class Viewed(torch.nn.Module):
+        def forward(self, x):
+            return x.transpose(1, 2).contiguous().view(-1)
+
+    with pytest.raises(PromiseError, match="breaks: the result does not run"):
+        Breaks()(custom(Viewed(), x=torch.randn(2, 3, 4)))
