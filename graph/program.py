@@ -113,7 +113,9 @@ class Program:
         assert isinstance(value, Tensor), name
         return value
 
-    def __call__(self, inputs: Mapping[str, Tensor] | None = None, **more: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self, inputs: Mapping[str, Tensor] | None = None, **more: Tensor
+    ) -> dict[str, Tensor]:
         """Runs the graph.
 
         Args:

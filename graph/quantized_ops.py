@@ -117,12 +117,12 @@ def _(
 
 
 def row_peak(x: Tensor) -> Tensor:
-    """Largest magnitude of each row, ``[..., 1]``; a row of zeros has the smallest normal number."""
+    """Largest magnitude of each row, ``[..., 1]``; of zeros the smallest normal number."""
     return x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(q - z, s)`` of ONNX's DynamicQuantizeLinear: integers in [-255, 255], as floats, a scalar."""
+    """``(q - z, s)`` of ONNX's DynamicQuantizeLinear: integers as floats, and a scalar."""
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     step = (high - low) / 255
     step = torch.where(step > 0, step, torch.ones_like(step))

@@ -52,10 +52,14 @@ def propagate(module: fx.GraphModule, signature: Signature) -> None:
     for node in module.graph.nodes:
         if node.op == "placeholder":
             spec = next(inputs)
-            concrete = torch.empty([d if isinstance(d, int) else sizes[d] for d in spec.shape],
-                                   dtype=spec.dtype, device="meta")
-            kinds = [DimDynamic.STATIC if isinstance(d, int) else DimDynamic.DUCK
-                     for d in spec.shape]
+            concrete = torch.empty(
+                [d if isinstance(d, int) else sizes[d] for d in spec.shape],
+                dtype=spec.dtype,
+                device="meta",
+            )
+            kinds = [
+                DimDynamic.STATIC if isinstance(d, int) else DimDynamic.DUCK for d in spec.shape
+            ]
             context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
             with mode:
                 fake = mode.from_tensor(concrete, symbolic_context=context)
@@ -96,8 +100,11 @@ def _distinct_sizes(signature: Signature) -> dict[str, int]:
 def same_type(a: Any, b: Any) -> bool:
     """Whether two fake values agree in structure, dtype and (symbolic) shape."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and len(a.shape) == len(b.shape) and all(
-            same_size(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+        return (
+            a.dtype == b.dtype
+            and len(a.shape) == len(b.shape)
+            and all(same_size(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+        )
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(same_type, a, b))
     return type(a) is type(b)
@@ -106,4 +113,5 @@ def same_type(a: Any, b: Any) -> bool:
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every value of their symbols; never guards."""
     return str(a) == str(b) or bool(
-        torch.fx.experimental.symbolic_shapes.statically_known_true(a == b))
+        torch.fx.experimental.symbolic_shapes.statically_known_true(a == b)
+    )

@@ -69,10 +69,12 @@ class Signature:
 
     @property
     def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in calling order."""
         return tuple(i.name for i in self.inputs)
 
     @property
     def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs, in returning order."""
         return tuple(o.name for o in self.outputs)
 
     @property

@@ -31,7 +31,7 @@ from ftc.graph.drift import compare, summarize
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Drift, Program
 from ftc.graph.sources import capture
-from ftc.graph.tokenizer import tokenizer
+from ftc.graph.sources.tokenizer import tokenizer
 from ftc.passes.context import Context, Inputs, random_probes
 from ftc.passes.ordering import order_text
 from ftc.passes.pipeline import Observer, Pipeline

@@ -30,7 +30,7 @@ Outputs = Mapping[str, Tensor]
 TOLERANCE = 1e-4
 #: How much more than its own rounding noise a quantized program may differ.
 SLACK = 2.0
-_SEVENTH_DIGIT = 1e-6
+_SIXTH_DIGIT = 1e-5
 
 _quantized_linear: Any = torch.ops.ftc.quantized_linear.default
 
@@ -123,7 +123,7 @@ def three_way(
 def rounding_noise(
     program: Program, expected: Sequence[Outputs], probes: Sequence[Inputs]
 ) -> float:
-    """Relative change of the outputs when quantized products see inputs off in the seventh digit.
+    """Relative change of the outputs when quantized products see inputs off in the sixth digit.
 
     0 for a program that quantizes no activations.
     """
@@ -154,5 +154,5 @@ class _Shaken(fx.Interpreter):
         if target is _quantized_linear:
             x = args[0]
             noise = torch.randn(x.shape, generator=self._noise, dtype=x.dtype)
-            args = (x * (1 + _SEVENTH_DIGIT * noise), *args[1:])
+            args = (x * (1 + _SIXTH_DIGIT * noise), *args[1:])
         return super().call_function(target, args, kwargs)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.signature import Signature
-from ftc.graph.tokenizer import tokenizer
+from ftc.graph.sources.tokenizer import tokenizer
 from ftc.passes.context import Inputs
 
 IDS, TYPES = "input_ids", "token_type_ids"

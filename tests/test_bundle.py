@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ftc.graph.bundle import load_bundle, save_bundle
+from ftc.graph.bundle.graph_json import decode, encode
 from ftc.graph.errors import BundleError
-from ftc.graph.graph_json import decode, encode
 from ftc.graph.mode import set_mode
 from ftc.graph.program import Drift, PassRecord, Program
 from ftc.graph.provenance import provenance

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ftc.graph.bundle import load_bundle, save_bundle
+from ftc.graph.bundle.graph_json import decode_graph, encode_graph
 from ftc.graph.errors import BundleError
-from ftc.graph.graph_json import decode_graph, encode_graph
 from ftc.graph.program import Program
 
 from .bundles import broken, files, odd

@@ -13,7 +13,7 @@ import torch
 
 from ftc.graph.bundle import save_bundle
 from ftc.graph.sources import capture
-from ftc.graph.tokenizer import tokenizer
+from ftc.graph.sources.tokenizer import tokenizer
 
 from .places import refused
 

@@ -64,4 +64,4 @@ def test_the_root_holds_no_other_module():
 
 def test_relative_and_nested_imports_are_seen():
     names = set(_imports(ROOT / "graph" / "structure.py"))
-    assert {"ftc.graph.flow", "ftc.graph.flow.Flow"} <= names
+    assert {"ftc.graph.structure.flow", "ftc.graph.structure.flow.Flow"} <= names

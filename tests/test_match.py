@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from ftc.graph.match import (
+from ftc.graph.structure.match import (
     Match,
     Miss,
     any_,

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from ftc.graph import replace_folder
-from ftc.graph.bundle import load_bundle, save_bundle
+from ftc.graph.bundle import load_bundle, replace_folder, save_bundle
 from ftc.graph.errors import BundleError, UsageError
 from ftc.graph.program import Program
 

@@ -14,7 +14,7 @@ import torch
 
 from ftc.graph.errors import UsageError
 from ftc.graph.sources import capture
-from ftc.graph.tokenizer import tokenizer
+from ftc.graph.sources.tokenizer import tokenizer
 
 from .families import FAMILIES, Family
 from .places import refused, same
@@ -259,7 +259,7 @@ def test_a_folder_without_a_tokenizer(bert: Path) -> None:
 
 
 def test_families_cover_the_tasks() -> None:
-    from ftc.graph.tasks import TASKS
+    from ftc.graph.sources.tasks import TASKS
 
     found = {f.task for f in FAMILIES if isinstance(f, Family)}
     assert found == set(TASKS)

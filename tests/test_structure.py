@@ -9,7 +9,7 @@ import torch
 
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.structure import ROLES, Structure, find_structure
-from ftc.graph.weights import through
+from ftc.graph.structure.weights import through
 from ftc.tests.tiny import HEADS, LAYERS, WIDTH, custom, tiny
 
 aten = torch.ops.aten

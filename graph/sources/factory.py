@@ -12,8 +12,8 @@ import sys
 
 from torch import nn
 
-from .capture import Examples
-from .errors import FtcError, SourceError, nearest
+from ftc.graph.capture import Examples
+from ftc.graph.errors import FtcError, SourceError, nearest
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 

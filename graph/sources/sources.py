@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .bundle import is_bundle, load_bundle
-from .capture import Examples, capture_exported, capture_module, drop_outputs
-from .errors import SourceError, UsageError, nearest
-from .export import Dynamic
+from ftc.graph.bundle import is_bundle, load_bundle
+from ftc.graph.capture import Examples, capture_exported, capture_module, drop_outputs
+from ftc.graph.capture.export import Dynamic
+from ftc.graph.errors import SourceError, UsageError, nearest
+from ftc.graph.program import Program
+
 from .factory import call_factory, is_factory
-from .program import Program
 from .safety import PICKLES, refuse_pickle
 from .tasks import FEATURES, check_task, default_inputs
 

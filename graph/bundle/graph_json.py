@@ -8,7 +8,7 @@ None and finite floats are JSON's own; everything else says its type::
 
 The file may come from anyone. Names go into the Python that fx generates, so
 they are identifiers or are refused; operators are looked up in
-:mod:`ftc.graph.allowed`; the sizes they are asked for are bounded.
+:mod:`ftc.graph.bundle.allowed`; the sizes they are asked for are bounded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ftc.graph.errors import BundleError
+from ftc.graph.provenance import KEY, Provenance, describe, provenance
+
 from .allowed import check_call, operator_name, resolve
-from .errors import BundleError
-from .provenance import KEY, Provenance, describe, provenance
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TENSOR_NAME = re.compile(r"[\w\- ]+(\.[\w\- ]+)*", re.ASCII)

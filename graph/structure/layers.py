@@ -15,11 +15,12 @@ from itertools import groupby
 
 from torch import fx
 
+from ftc.graph.provenance import provenance
+
 from .attention import AttentionCore
 from .feedforward import FeedForward
 from .flow import Flow
 from .norms import Norm
-from .provenance import provenance
 
 _NUMBERED = re.compile(r"(?:^|\.)\d+(?=\.|$)")
 Item = AttentionCore | FeedForward

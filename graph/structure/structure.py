@@ -15,14 +15,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from . import shapes
+from ftc.graph import shapes
+from ftc.graph.cost import operator_name
+from ftc.graph.program import Program
+
 from .attention import AttentionCore, find_attention
-from .cost import operator_name
 from .feedforward import FeedForward, find_feed_forwards
 from .flow import Flow
 from .layers import Layer, find_layers
 from .norms import Norm, find_norms
-from .program import Program
 from .weights import WeightProduct, logical_parameters, read_by, through
 
 ROLES = ("attention", "ffn", "embedding", "norm", "head", "bias", "conv", "product")

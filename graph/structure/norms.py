@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import fx
 
-from .cost import argument, operator_name
+from ftc.graph.cost import argument, operator_name
+from ftc.graph.program import Program
+
 from .match import Match, Pattern, capture, commutative, const, match, op, skipping, tensor
-from .program import Program
 from .weights import Weights
 
 _OPERATORS = {

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import SourceError
+from ftc.graph.errors import SourceError
 
 _SCALARS = {
     0: "B",

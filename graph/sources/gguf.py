@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .errors import SourceError
+from ftc.graph.bundle.tensor_file import aligned
+from ftc.graph.errors import SourceError
+
 from .gguf_header import VOCABULARY, Header, read_header
 from .huggingface import Loaded, build, choose_task, quiet
 from .tasks import model_class, supports
-from .tensor_file import aligned
 
 
 def load_gguf(path: Path, task: str | None) -> Loaded:

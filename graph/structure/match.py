@@ -27,8 +27,8 @@ from typing import Any
 
 from torch import fx
 
-from .cost import argument, operator_name
-from .provenance import describe
+from ftc.graph.cost import argument, operator_name
+from ftc.graph.provenance import describe
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from .cost import operator_name
+from ftc.graph.cost import operator_name
+from ftc.graph.shapes import VAL
+
 from .flow import Flow, RawCore
-from .shapes import VAL
 from .weights import WeightProduct
 
 

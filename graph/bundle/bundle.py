@@ -8,8 +8,8 @@ model.safetensors the tensors
 tokenizer files   as they came with the model
 ================= ==========================================================
 
-Writing is all or nothing (:mod:`ftc.graph.replace_folder`), reading checks every
-hash and every node first (:mod:`ftc.graph.graph_json`), and the same program
+Writing is all or nothing (:mod:`ftc.graph.bundle.replace_folder`), reading checks every
+hash and every node first (:mod:`ftc.graph.bundle.graph_json`), and the same program
 gives the same bytes. Symbolic shapes are not kept: they are recomputed on demand.
 """
 
@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .errors import BundleError, UsageError
+from ftc.graph.errors import BundleError, UsageError
+from ftc.graph.program import Drift, PassRecord, Program, build_module
+from ftc.graph.signature import InputSpec, OutputSpec, Signature
+
 from .graph_json import check_tensor_name, decode_graph, encode_graph
-from .program import Drift, PassRecord, Program, build_module
 from .replace_folder import recover, write_folder
-from .signature import InputSpec, OutputSpec, Signature
 from .tensor_file import describe_tensors, read_tensors, write_tensors
-from .tokenizer import copy_assets
 
 FORMAT = 1
 _HEAD, _GRAPH, _WEIGHTS = "ftc.json", "graph.json", "model.safetensors"
@@ -99,6 +99,8 @@ def _fill(folder: Path, program: Program, files: Mapping[str, Callable[[Path], N
     for name in facts:
         check_tensor_name(name)
     nodes = encode_graph(program.graph)
+    from ftc.graph.sources.tokenizer import copy_assets  # sources reads bundles
+
     notes = copy_assets(program.assets, folder)
     _write_lines(folder / _GRAPH, {"nodes": nodes, "tensors": facts})
     hashes = {_WEIGHTS: write_tensors(folder / _WEIGHTS, tensors)}

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .errors import CaptureError, UsageError
+from ftc.graph.errors import CaptureError, UsageError
+from ftc.graph.program import Program, detach
+from ftc.graph.shapes import value
+from ftc.graph.signature import Dim, InputSpec, OutputSpec, Signature
+
 from .export import Dynamic, export
 from .normalize import normalize
-from .program import Program, detach
-from .shapes import value
-from .signature import Dim, InputSpec, OutputSpec, Signature
 
 Examples = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .cost import operator_name
-from .program import Program
+from ftc.graph.cost import operator_name
+from ftc.graph.program import Program
+
 from .weights import PASSING, WeightProduct, Weights, weight_products
 
 MANY = 8

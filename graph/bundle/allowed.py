@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from .errors import BundleError
+from ftc.graph.errors import BundleError
 
 LIMIT = 2**31
 """Largest number of elements that the literals of one call may ask for."""
@@ -184,7 +184,7 @@ def resolve(name: str) -> Any:
     if len(parts) != 3 or parts[0] not in ("aten", "ftc"):
         raise BundleError(f"operator {name[:80]!r} is not allowed")
     if parts[0] == "ftc":
-        from . import quantized_ops  # noqa: F401  (registers them)
+        from ftc.graph import quantized_ops  # noqa: F401  (registers them)
     namespace, base, overload = parts
     try:
         target = getattr(getattr(getattr(torch.ops, namespace), base), overload)

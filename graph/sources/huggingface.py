@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import SourceError, UsageError, nearest
+from ftc.graph.bundle.tensor_file import aligned
+from ftc.graph.errors import SourceError, UsageError, nearest
+
 from .safety import load_torch, weight_files
 from .tasks import FEATURES, auto_class, default_task, model_class, supports
-from .tensor_file import aligned
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .cost import argument, operator_name
-from .program import Program
+from ftc.graph.cost import argument, operator_name
+from ftc.graph.program import Program
 
 _CODES = ".quantized"
 _MATMULS = frozenset({"aten.mm", "aten.matmul", "aten.bmm", "aten._grouped_mm",

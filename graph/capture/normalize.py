@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from .errors import CaptureError
-from .mode import set_mode
-from .program import build_module
-from .provenance import describe, stamp_captured
-from .shapes import VAL
+from ftc.graph.errors import CaptureError
+from ftc.graph.mode import set_mode
+from ftc.graph.program import build_module
+from ftc.graph.provenance import describe, stamp_captured
+from ftc.graph.shapes import VAL
 
 aten = torch.ops.aten
 

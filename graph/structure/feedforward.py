@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .cost import operator_name
+from ftc.graph.cost import operator_name
+
 from .flow import Flow
 from .weights import WeightProduct
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import SourceError, UsageError, nearest
+from ftc.graph.errors import SourceError, UsageError, nearest
 
 FEATURES = "feature-extraction"
 _CLASSES = {  # task -> class of transformers

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .errors import SourceError
+from ftc.graph.errors import SourceError
 
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
 

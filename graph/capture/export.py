@@ -2,7 +2,7 @@
 
 The module is traced in train mode, where dropout still has its probability (an
 eval trace loses it), and non-strictly; the result is unlifted, so parameters
-keep their names and gradients flow. :mod:`ftc.graph.normalize` then makes it a
+keep their names and gradients flow. :mod:`ftc.graph.capture.normalize` then makes it a
 :class:`~ftc.graph.program.Program`'s graph.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .errors import CaptureError
+from ftc.graph.errors import CaptureError
 
 Dynamic = Mapping[str, Mapping[int, str]]
 

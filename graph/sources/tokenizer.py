@@ -11,10 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .errors import SourceError
+from ftc.graph.errors import SourceError
+from ftc.graph.program import Program
+
 from .gguf_header import VOCABULARY, read_header
 from .huggingface import quiet
-from .program import Program
 
 ASSETS = (
     "config.json",

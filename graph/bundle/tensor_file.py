@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import BundleError
+from ftc.graph.errors import BundleError
 
 _DTYPES = {
     torch.float64: "F64",

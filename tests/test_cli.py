@@ -1,0 +1,343 @@
+"""The command line on small models: what it prints, how it ends, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ftc.passes import registry
+from ftc.runtime.tensors import read_tensors
+
+from .conftest import Command, Ran
+from .small import decoder, encoder
+
+PASSES = "lowrank{ratio=0.5},int8{min_size=16}"
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoder(tmp_path_factory.mktemp("masked"))
+
+
+@pytest.fixture(scope="module")
+def bundle(masked: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "masked"
+    ran = command("compile", masked, "--passes", PASSES, "-o", out)
+    assert ran.status == 0, ran.err
+    return out
+
+
+def mistake(ran: Ran, *words: str, status: int = 2) -> None:
+    """A refusal says what, and how to mend it, on stderr, without a traceback."""
+    assert ran.status == status, ran.err
+    assert "fix: " in ran.err and "Traceback" not in ran.err and not ran.out
+    for word in words:
+        assert word in ran.err
+
+
+def test_help_answers_at_once() -> None:
+    """Nothing heavy is imported for it."""
+    code = "import sys; sys.argv = ['ftc', '--help']\nfrom ftc import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+    code += (
+        "assert not {'torch', 'rich.console', 'transformers'} & set(sys.modules), 'heavy import'"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - begin < 2  # 0.1 s where nothing else runs
+    for name in ("compile", "inspect", "run", "eval", "bench", "export", "passes"):
+        assert f"  {name} " in done.stdout
+
+
+def test_compile_reports_every_step(bundle: Path, masked: Path, command: Command) -> None:
+    report = json.loads((bundle / "report.json").read_text())
+    names = [step["name"] for step in report["steps"]]
+    assert names[0] == "original" and names[-1] == "onnx" and names[1] == "cleanup"
+    assert names[-2] == "int8{min_size=16}" and "lowrank{ratio=0.5}" in names
+    original, result = report["steps"][0], report["steps"][-2]
+    assert result["bytes"] < original["bytes"] / 2
+    assert result["parameters"] < original["parameters"]
+    assert report["steps"][-1]["bytes"] == (bundle / "model.onnx").stat().st_size
+    assert 0 < report["total"]["relative"] < 10
+    assert all(each["speedup"] > 0 and each["sizes"] for each in report["latencies"])
+    assert "documentation" in report["total"]["inputs"]
+
+
+def test_compile_prints_one_table(masked: Path, tmp_path: Path, command: Command) -> None:
+    ran = command("compile", masked, "--passes", "int8", "-o", tmp_path / "out", "--timing")
+    assert ran.status == 0 and not ran.err
+    for word in ("original", "canonicalize", "int8", "onnx", "latency", "capture", "next: ftc run"):
+        assert word in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 130
+
+
+def test_dry_run_writes_nothing(masked: Path, tmp_path: Path, command: Command) -> None:
+    ran = command(
+        "compile", masked, "--passes", "int8", "-o", tmp_path / "out", "--dry-run", "--json"
+    )
+    assert ran.data["pipeline"].startswith("cleanup,canonicalize") and ran.data["dry_run"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_print_ir_goes_to_stderr(tmp_path: Path, command: Command) -> None:
+    ran = command("compile", "ftc.tests.small:mlp", "--passes", "cleanup", "-o", tmp_path / "out",
+                  "--print-ir-after", "cleanup", "--json")  # fmt: skip
+    assert "aten.linear" in ran.err and ran.data["task"] == "module"
+
+
+def test_max_drift_is_a_broken_budget(masked: Path, tmp_path: Path, command: Command) -> None:
+    ran = command("compile", masked, "--passes", PASSES, "-o", tmp_path / "out",
+                  "--max-drift", "1e-9")  # fmt: skip
+    mistake(ran, "BudgetError", "budget", status=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_from_file_text_and_tensors(
+    masked: Path, tmp_path: Path, command: Command
+) -> None:
+    prose = tmp_path / "prose.txt"
+    prose.write_text("the cat sits on the mat .\n\nthe dog runs in the house .\n")
+    for number, calib in enumerate((prose, "the sky is blue")):
+        out = tmp_path / str(number)
+        ran = command("compile", masked, "--passes", "int8", "-o", out, "--calib", calib, "--json")
+        assert ran.status == 0, ran.err
+        words = "prose.txt" if calib is prose else "the given text"
+        assert words in ran.data["total"]["inputs"]
+    tensors = tmp_path / "x.npz"
+    np.savez(tensors, input=np.ones((2, 64), np.float32))
+    ran = command("compile", "ftc.tests.small:mlp", "--passes", "int8", "-o", tmp_path / "m",
+                  "--calib", tensors, "--json")  # fmt: skip
+    assert "x.npz" in ran.data["total"]["inputs"]
+
+
+def test_an_existing_folder_is_refused_before_work(
+    bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    mistake(command("compile", "no/such/model", "--passes", "int8", "-o", bundle), "--force")
+    ran = command("compile", "no/such/model", "--passes", "int8", "-o", tmp_path, "--force")
+    mistake(ran, "not a bundle")
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["complie"], ["compile"]),
+        (["compile"], ["MODEL"]),
+        (["compile", "x", "--passes", "int8"], ["-o"]),
+        (["compile", "x", "--passes", "int9", "-o", "OUT"], ["did you mean int8"]),
+        (["compile", "x", "--passes", "int8{actvation=row}", "-o", "OUT"], ["activation"]),
+        (["compile", "x", "--passes", "int8", "-o", "OUT", "--target", "vnmi"], ["portable"]),
+        (["compile", "no/such/folder", "--passes", "int8", "-o", "OUT"], ["no/such/folder"]),
+        (["inspect", "/no/such"], ["/no/such"]),
+        (["run", "/no/such", "--text", "hello"], ["/no/such"]),
+        (["run", "/no/such"], ["--text"]),
+        (["eval", "x", "--data", "d", "--metric", "perplexty"], ["perplexity"]),
+        (["eval", "x", "--data", "d", "--metric", "cosine"], ["--against"]),
+        (["export", "/no/such", "-o", "OUT.onnx"], ["/no/such"]),
+        (["passes", "lowrnk"], ["lowrank"]),
+        (["bench", "/no/such"], ["/no/such"]),
+    ],
+)
+def test_mistakes(
+    arguments: list[str], words: list[str], tmp_path: Path, command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    mistake(command(*arguments), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_as_json(command: Command) -> None:
+    ran = command("passes", "lowrnk", "--json")
+    assert ran.status == 2 and ran.data["error"]["kind"] == "UsageError" and not ran.err
+    assert "lowrank" in ran.data["error"]["fix"]
+
+
+def test_a_bug_says_so(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "names", lambda: 1 / 0)
+    ran = command("passes")
+    assert ran.status == 70 and "bug in ftc" in ran.err and "--debug" in ran.err
+    assert "Traceback" not in ran.err
+    with pytest.raises(ZeroDivisionError):
+        command("passes", "--debug")
+
+
+def test_an_interrupt_ends_quietly(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry, "names", interrupted)
+    assert command("passes") == Ran(130, "", "")
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    code = "import sys; from ftc import cli; sys.argv = ['ftc', 'passes', '--json']; cli.main()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE,
+                          text=True)  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 141 and not done.stderr
+
+
+def test_inspect(bundle: Path, command: Command) -> None:
+    found = command("inspect", bundle, "--json", "--layers").data
+    assert (
+        found["task"] == "masked-lm" and found["inputs"]["input_ids"] == "int64 [batch, sequence]"
+    )
+    assert sum(row["parameters"] for row in found["roles"]) == found["parameters"]
+    assert sum(row["bytes"] for row in found["layers"]) == found["bytes"]
+    assert sum(row["operations"] for row in found["layers"]) == found["operations"]
+    assert [record["spec"] for record in found["history"]][-1] == "int8{min_size=16}"
+    text = command("inspect", bundle, "--layers").out
+    assert "layer.1" in text and "attention" in text and "lowrank{ratio=0.5}" in text
+
+
+def test_inspect_counts_operations_at_a_shape(bundle: Path, command: Command) -> None:
+    one, two = (command("inspect", bundle, "--json", "--shape", f"batch={n},sequence=8").data
+                ["operations"] for n in (1, 2))  # fmt: skip
+    assert 1.9 * one < two <= 2 * one
+    mistake(command("inspect", bundle, "--shape", "batches=2"), "batch")
+
+
+def test_inspect_shows_graph_and_selection(masked: Path, command: Command) -> None:
+    assert command("inspect", masked, "--ir").out.startswith("program masked-lm\n")
+    found = command("inspect", masked, "--select", "layer[0] & ffn", "--json").data["weights"]
+    assert found and all("layer.0" in each["name"] for each in found)
+    mistake(command("inspect", masked, "--select", "fnn"), "ffn")
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_run_fills_masks(bundle: Path, engine: str, command: Command) -> None:
+    text = "the [MASK] sits on the [MASK]"
+    found = command("run", bundle, "--text", text, "--engine", engine, "--json").data
+    assert engine in found["engine"]
+    gaps = found["labels"][0]
+    assert [gap["text"] for gap in gaps] == ["[MASK] 1", "[MASK] 2"]
+    for gap in gaps:
+        numbers = [probability for _, probability in gap["guesses"]]
+        assert numbers == sorted(numbers, reverse=True) and 0 < sum(numbers) <= 1
+    mistake(command("run", bundle, "--text", "no gap"), "[MASK]")
+
+
+def test_run_classifies_with_the_models_labels(tmp_path: Path, command: Command) -> None:
+    names = {0: "sad", 1: "glad"}
+    model = encoder(tmp_path / "model", "BertForSequenceClassification", id2label=names)
+    assert command("compile", model, "--passes", "cleanup", "-o", tmp_path / "out").status == 0
+    found = command("run", tmp_path / "out", "--text", "i like it", "--json").data["labels"][0][0]
+    assert {label for label, _ in found["guesses"]} == {"sad", "glad"}
+    assert sum(p for _, p in found["guesses"]) == pytest.approx(1, abs=1e-5)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "i like it", "label": "glad"}\n{"text": "bad dog", "label": 0}\n')
+    call = ("eval", tmp_path / "out", "--data", data, "--metric", "accuracy")
+    score = command(*call, "--against", model, "--json").data
+    assert score["value"] == score["against"] in (0, 0.5, 1)
+    assert score["details"]["agreement"] == 1
+    data.write_text('{"text": "i like it", "label": "glad"}\n{"text": "it", "label": "gald"}\n')
+    mistake(command(*call), "rows.jsonl:2", "glad")
+    data.write_text('{"text": "i like it", "label": "glad"}\n{"txt": "it"}\n')
+    mistake(command(*call), "rows.jsonl:2", "txt")
+    data.write_text("{not json}\n")
+    mistake(command(*call), "rows.jsonl:1")
+
+
+def test_run_continues_and_both_engines_agree(tmp_path: Path, command: Command) -> None:
+    model, out = decoder(tmp_path / "model"), tmp_path / "out"
+    assert command("compile", model, "--passes", "cleanup", "-o", out).status == 0
+    call = ("run", out, "--text", "the cat", "--max-new-tokens", 5)
+    onnx, torch_ = (command(*call, "--engine", e, "--json").data for e in ("onnx", "torch"))
+    assert onnx["continuations"] == torch_["continuations"]
+    assert command(*call).out.startswith("the cat")
+    data = tmp_path / "prose.txt"
+    data.write_text("the cat sits on the mat . " * 20)
+    score = command("eval", out, "--data", data, "--metric", "perplexity", "--against", model,
+                    "--length", 16, "--json").data  # fmt: skip
+    assert score["value"] == pytest.approx(score["against"], rel=1e-4)
+    assert score["value"] == pytest.approx(25, rel=0.5)  # nothing learned: all 25 words alike
+    mistake(command("eval", out, "--data", data, "--metric", "accuracy"), "perplexity")
+
+
+def test_run_takes_tensors(compiled_mlp: Path, tmp_path: Path, command: Command) -> None:
+    mistake(command("run", compiled_mlp, "--text", "hello"), "--input")
+    path = tmp_path / "x.npz"
+    np.savez(path, input=np.ones((2, 64), np.float32))
+    found = command("run", compiled_mlp, "--input", path, "--json").data["outputs"]
+    assert np.shape(next(iter(found.values()))) == (2, 48)
+    assert "2 × 48" in command("run", compiled_mlp, "--input", path).out
+    np.savez(path, inputs=np.ones((2, 64), np.float32))
+    mistake(command("run", compiled_mlp, "--input", path), "did you mean input")
+    path.write_bytes(b"no zip")
+    mistake(command("run", compiled_mlp, "--input", path), "x.npz")
+    mistake(command("run", compiled_mlp, "--input", tmp_path / "x.pt"), ".safetensors")
+
+
+def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", input=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(Exception, match="x.npz"):
+        read_tensors(tmp_path / "x.npz")
+
+
+def test_embeddings_cosine(tmp_path: Path, command: Command) -> None:
+    model, out = encoder(tmp_path / "model", "BertModel"), tmp_path / "out"
+    assert command("compile", model, "--passes", "cleanup", "-o", out).status == 0
+    texts = (
+        "--text",
+        "the cat sits",
+        "--text",
+        "the dog runs in the house",
+        "--text",
+        "the cat sits",
+    )
+    found = command("run", out, *texts, "--json").data
+    vectors = torch.tensor(found["embeddings"])
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
+    assert found["similarity"][0][2] == pytest.approx(1, abs=1e-5)
+    alone = torch.tensor(command("run", out, *texts[:2], "--json").data["embeddings"])
+    assert torch.allclose(alone[0], vectors[0], atol=1e-5)  # padding changes nothing
+    assert "cosine" in command("run", out, *texts).out
+    data = tmp_path / "rows.txt"
+    data.write_text("the cat sits\n\nthe dog runs\n")
+    score = command("eval", out, "--data", data, "--metric", "cosine", "--against", model, "--json")
+    assert score.data["value"] == pytest.approx(1, abs=1e-5) and score.data["details"]["texts"] == 2
+
+
+def test_bench(bundle: Path, masked: Path, command: Command) -> None:
+    call = ("bench", bundle, "--seconds", 0, "--shapes", "batch=2,sequence=4")
+    found = command(*call, "--against", masked, "--json").data
+    (each,) = found["latencies"]
+    assert each["sizes"] == {"batch": 2, "sequence": 4} and each["base"]["rounds"] == 3
+    assert each["base"]["quartiles"][0] <= each["base"]["median"] <= each["base"]["quartiles"][1]
+    assert "onnxruntime" in found["base"] and "onnxruntime" in found["other"]
+    assert "torch" in command(*call, "--json").data["base"]
+    mistake(command("bench", bundle, "--shapes", "8x128"), "batch=8")
+    mistake(command("bench", bundle, "--against", "ftc.tests.small:mlp"), "module")
+
+
+def test_export(bundle: Path, tmp_path: Path, command: Command) -> None:
+    target = tmp_path / "new" / "m.onnx"
+    found = command("export", bundle, "-o", target, "--json").data
+    assert found["bytes"] == target.stat().st_size
+    assert target.read_bytes() == (bundle / "model.onnx").read_bytes()
+    mistake(command("export", bundle, "-o", target), "--force")
+    assert command("export", bundle, "-o", target, "--force").status == 0
+    assert command("export", bundle, "-o", tmp_path / "dir").status == 0
+    assert sorted(p.name for p in (tmp_path / "dir").iterdir()) == ["model.onnx"]
+
+
+def test_passes_are_the_registrys(command: Command) -> None:
+    listed = command("passes", "--json").data
+    assert [each["name"] for each in listed] == list(registry.names())
+    for name in registry.names():
+        shown = command("passes", name).out
+        for option in registry.describe(registry.get(name)).options:
+            assert option.name in shown
+            assert option.help, f"{name}: {option.name} has no help"
