@@ -93,6 +93,7 @@ class Program:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of the module."""
         return self.module.graph
 
     @property
@@ -129,9 +130,9 @@ class Program:
         return dict(zip(self.signature.output_names, outputs, strict=True))
 
     def clone(self) -> Program:
-        """A program with its own structure and ``requires_grad`` that shares every tensor's storage.
+        """A program with its own structure and ``requires_grad`` on the same tensors.
 
-        Costs no weights: a search can hold hundreds of clones. Whoever writes
+        It costs no weights: a search can hold hundreds of clones. Whoever writes
         to weights in place takes a storage copy first.
         """
         return replace(self, module=_clone_module(self.module))

@@ -44,9 +44,9 @@ def run_ftc(*arguments: object) -> Ran:
 
     out, err = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            with warnings.catch_warnings():
-                status = run_command(ftc, [str(a) for a in arguments])
+        streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        with streams[0], streams[1], warnings.catch_warnings():
+            status = run_command(ftc, [str(a) for a in arguments])
     finally:
         logging.disable(logging.NOTSET)
     return Ran(status, out.getvalue(), err.getvalue())

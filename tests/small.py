@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WORDS = "the a cat dog sits runs on in mat house is good bad blue sky . , i like it".split()
+WORDS = [
+    "the", "a", "cat", "dog", "sits", "runs", "on", "in", "mat", "house", "is", "good", "bad",
+    "blue", "sky", ".", ",", "i", "like", "it",
+]  # fmt: skip
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _SIZES: dict[str, Any] = {
     "hidden_size": 32,
