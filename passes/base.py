@@ -26,7 +26,7 @@ from typing import ClassVar, Self, final
 from torch import Tensor
 
 from ftc.graph.cost import cost
-from ftc.graph.drift import Difference, compare, locate, summarize, worst_jump
+from ftc.graph.drift import Difference, compare, summarize
 from ftc.graph.errors import (
     BudgetError,
     PreconditionError,
@@ -37,6 +37,7 @@ from ftc.graph.errors import (
 from ftc.graph.printer import fingerprint
 from ftc.graph.program import Drift, PassRecord, Program
 from ftc.graph.rewriter import Rewriter
+from ftc.graph.trace import locate, worst_jump
 from ftc.graph.verify import verify
 
 from .context import Context

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from ftc.graph.drift import compare, summarize, worst_jump
+from ftc.graph.drift import compare, summarize
 from ftc.graph.errors import BudgetError, FtcError
 from ftc.graph.printer import diff, print_graph
 from ftc.graph.program import Drift, PassRecord, Program
+from ftc.graph.trace import worst_jump
 
 from .base import Context, Pass
 from .ordering import arrange, order_text

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ftc.graph.drift import Difference, locate, measure_drift, trace, worst_jump
+from ftc.graph.drift import Difference, measure_drift
 from ftc.graph.program import Program
 from ftc.graph.rewriter import Rewriter
+from ftc.graph.trace import locate, trace, worst_jump
 from ftc.tests.tiny import custom, tiny
 
 aten = torch.ops.aten
