@@ -6,7 +6,7 @@ codes falls to one side or the other, the step it makes moves other values over
 their edges, and a few layers later two runs that are both right differ by the
 noise of the quantization itself. How much that is, is measured and not guessed:
 the graph is run again with the inputs of its quantized products changed in the
-seventh digit (:func:`rounding_noise`), and onnxruntime may differ from the graph
+sixth digit (:func:`rounding_noise`), and onnxruntime may differ from the graph
 as much as the graph then differs from itself, times :data:`SLACK`.
 """
 

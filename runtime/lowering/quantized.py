@@ -9,11 +9,14 @@ With the activation quantized by row, ``m`` the largest magnitude of each row:
 in onnxruntime, whatever the instruction set; the order of the operands is the
 one that its fusion looks for. Everything before the integer product is shared by
 products with the same input.
+
+A weight that is used in float is ``(Cast(codes) - z) * s``, which onnxruntime
+computes once, at load. ``DequantizeLinear`` would be computed in every run, and
+before a product it would make onnxruntime quantize the activations as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,11 +34,17 @@ ftc_ops: Any = torch.ops.ftc
 def dequantize(
     e: Emitter, data: Value, scale: Value, zero_point: Value | None, bits: int, group_size: int
 ) -> Value:
+    dims = e.dims(data)
     if group_size:
-        return e.op("DequantizeLinear", data, scale, zero_point, axis=1, block_size=group_size,
-                    dtype=e.dtype(scale))  # fmt: skip
-    zero = None if zero_point is None else _flat(e, zero_point)
-    return e.op("DequantizeLinear", data, _flat(e, scale), zero, axis=0, dtype=e.dtype(scale))
+        split = (dims[0], e.dims(scale)[1], group_size)
+        per_group = [*e.dims(scale), 1]
+    else:
+        split, per_group = dims, [dims[0], *[1] * (len(dims) - 1)]
+    codes = e.reshape(e.cast(data, e.dtype(scale)), split)
+    if zero_point is not None:
+        zero = e.cast(e.reshape(zero_point, per_group), e.dtype(scale))
+        codes = e.op("Sub", codes, zero, dims=split)
+    return e.reshape(e.op("Mul", codes, e.reshape(scale, per_group), dims=split), dims)
 
 
 @lowers(ftc_ops.quantized_embedding.default)
@@ -104,14 +113,8 @@ def _integer_product(
 def _float_weight(
     e: Emitter, data: Value, scale: Value, zero_point: Value | None, group_size: int
 ) -> Value:
-    """The weight ``[in, out]`` in float; onnxruntime multiplies by the codes themselves."""
-    codes = e.transpose(data, [1, 0])
-    turn: Callable[[Value], Value] = lambda t: e.transpose(t, [1, 0])  # noqa: E731
-    if not group_size:
-        turn = lambda t: _flat(e, t)  # noqa: E731
-    zero = None if zero_point is None else turn(zero_point)
-    return e.op("DequantizeLinear", codes, turn(scale), zero, axis=0 if group_size else 1,
-                block_size=group_size or None, dtype=e.dtype(scale))  # fmt: skip
+    """The weight ``[in, out]`` in float."""
+    return e.transpose(dequantize(e, data, scale, zero_point, 8, group_size), [1, 0])
 
 
 def _flat(e: Emitter, x: Value) -> Value:
