@@ -78,6 +78,7 @@ class OnnxSession:
             if name not in feed:
                 known = ", ".join(self.input_names)
                 raise UsageError(f"missing input {name!r}", fix=f"inputs: {known}")
+        self._check_dimensions(feed)
         try:
             results = self._session.run(None, feed)
         except Exception as error:
@@ -85,7 +86,7 @@ class OnnxSession:
             raise UsageError(
                 f"onnxruntime cannot run these inputs: {_first_line(error)}",
                 where=sizes,
-                fix="give sizes within the model's limits, one size for each named dimension",
+                fix="give sizes within the model's limits",
             ) from error
         return {
             name: torch.from_numpy(np.asarray(result))
@@ -93,6 +94,20 @@ class OnnxSession:
         }
 
     __call__ = run
+
+    def _check_dimensions(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """One size for each named dimension, which onnxruntime does not check by itself."""
+        sizes: dict[str, tuple[int, str]] = {}
+        for name, array in feed.items():
+            for dim, size in zip(self.input_shapes[name], array.shape, strict=True):
+                if isinstance(dim, int):
+                    continue
+                first, where = sizes.setdefault(dim, (size, name))
+                if size != first:
+                    raise UsageError(
+                        f"{dim!r} is {first} in {where!r} and {size} in {name!r}",
+                        fix="give one size for each named dimension",
+                    )
 
     def _checked(self, name: str, given: Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if name not in self._kinds:
