@@ -8,18 +8,20 @@ Everything heavy is imported within commands, so that ``--help`` answers at once
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ftc.graph.errors import UsageError, nearest
 from ftc.runtime.exit import run_command
+
+if TYPE_CHECKING:
+    from ftc.runtime.console import Output
 
 engine_option = click.option("--engine", type=click.Choice(["onnx", "torch"]),
                              help="What runs it; onnxruntime by default.")  # fmt: skip
@@ -56,56 +58,21 @@ def command(function: Callable[..., Any]) -> click.Command:
 
     @functools.wraps(function)
     def call(json: bool, debug: bool, **options: Any) -> Any:
+        from ftc.runtime.console import Output
+
         output = Output(json)
         try:
             return function(output, **options)
         finally:
             output.say.stop()
 
-    for option in (
-        click.option("--debug", is_flag=True, help="Show tracebacks and warnings."),
-        click.option("--json", is_flag=True, help="Print JSON for machines."),
-    ):
-        call = option(call)
+    # Click lists parameters from the last to the first.
+    call.__click_params__ = [  # type: ignore[attr-defined]
+        click.Option(["--debug"], is_flag=True, help="Show tracebacks and warnings."),
+        click.Option(["--json"], is_flag=True, help="Print JSON for machines."),
+        *call.__click_params__,  # type: ignore[attr-defined]
+    ]
     return ftc.command(function.__name__.rstrip("_"))(call)
-
-
-class Output:
-    """Where a command's result goes: JSON, or a table; and what runs until then.
-
-    Attributes:
-        json: whether JSON was asked for.
-        say: shows what runs.
-    """
-
-    def __init__(self, json: bool) -> None:
-        from ftc.runtime.console import Progress
-
-        self.json, self.say = json, Progress(enabled=not json)
-
-    def show(self, result: Any, render: Callable[..., None], **options: Any) -> None:
-        """Prints ``result``."""
-        if self.json:
-            self.data(result.to_dict())
-        else:
-            self.print(render, result, **options)
-
-    def data(self, value: Any) -> None:
-        """Prints plain values as JSON."""
-        self.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-    def print(self, render: Callable[..., None], *values: Any, **options: Any) -> None:
-        """Prints a table."""
-        from ftc.runtime.console import stdout
-
-        self.say.stop()
-        render(*values, stdout(), **options)
-
-    def write(self, text: str) -> None:
-        """Writes text at once."""
-        self.say.stop()
-        sys.stdout.write(text)
-        sys.stdout.flush()
 
 
 @command

@@ -184,8 +184,9 @@ def _clone_module(module: fx.GraphModule) -> fx.GraphModule:
         tensors[name] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
     tensors.update(module.named_buffers())
     graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
     with torch.no_grad():
-        output = graph.graph_copy(module.graph, copied := {})
+        output = graph.graph_copy(module.graph, copied)
     graph.output(output)
     for old, new in copied.items():
         new.meta = dict(old.meta)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,7 @@ def compare(
     for sizes in shapes:
         inputs = other.program.signature.probe(seed=0, **sizes)
         progress(f"measuring {format_sizes(sizes)}")
-        runs: dict[str, Callable[[], object]] = {
-            "base": lambda i=inputs: base(i),
-            "other": lambda i=inputs: other(i),
-        }  # type: ignore[misc]
+        runs = {"base": partial(base, inputs), "other": partial(other, inputs)}
         times = interleaved(runs, seconds=seconds)
         speedup = ratio(times["base"], times["other"])
         found.append(Latency(dict(sizes), times["base"], times["other"], speedup))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json as encoder
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -53,6 +54,40 @@ class Progress:
         """Takes the line away: what follows is written to the same terminal."""
         if self._status is not None:
             self._status.stop()
+
+
+class Output:
+    """Where a command's result goes: JSON, or a table; and what runs until then.
+
+    Attributes:
+        json: whether JSON was asked for.
+        say: shows what runs.
+    """
+
+    def __init__(self, json: bool) -> None:
+        self.json, self.say = json, Progress(enabled=not json)
+
+    def show(self, result: Any, render: Callable[..., None], **options: Any) -> None:
+        """Prints ``result``."""
+        if self.json:
+            self.data(result.to_dict())
+        else:
+            self.print(render, result, **options)
+
+    def data(self, value: Any) -> None:
+        """Prints plain values as JSON."""
+        self.write(encoder.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def print(self, render: Callable[..., None], *values: Any, **options: Any) -> None:
+        """Prints a table."""
+        self.say.stop()
+        render(*values, stdout(), **options)
+
+    def write(self, text: str) -> None:
+        """Writes text at once."""
+        self.say.stop()
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def print_error(error: FtcError) -> None:

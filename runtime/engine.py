@@ -33,8 +33,15 @@ class Engine(Protocol):
         label: what runs it, in words: engine, version, threads.
     """
 
-    program: Program
-    label: str
+    @property
+    def program(self) -> Program:
+        """What runs."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """What runs it."""
+        ...
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name."""

@@ -53,7 +53,9 @@ def run_command(group: click.Group, arguments: Sequence[str]) -> int:
     if not debug:
         _silence()
     try:
-        group.main(args=list(arguments), prog_name="ftc", standalone_mode=False)
+        # Not group.main, which has answers of its own to a closed pipe and an interrupt.
+        with group.make_context("ftc", list(arguments)) as context:
+            group.invoke(context)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -73,6 +75,9 @@ def _failed(error: Exception, *, as_json: bool) -> int:
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     if isinstance(error, click.ClickException):
         error = _from_click(error)
     if isinstance(error, FtcError):
@@ -115,7 +120,7 @@ def _silence() -> None:
 
 
 def _set(variables: Mapping[str, str]) -> None:
-    """Environment variables that libraries read when they are imported, unless the user set them."""
+    """Environment variables for libraries not imported yet; what the user set stays."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 

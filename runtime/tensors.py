@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -34,24 +33,6 @@ def read_tensors(path: Path, signature: Signature | None = None) -> dict[str, Te
     except Exception as error:  # each format has errors of its own
         raise UsageError(f"{path} cannot be read: {error}", fix="save it again") from error
     return tensors if signature is None else _fit(tensors, signature, path)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors by name, as the suffix says.
-
-    Raises:
-        UsageError: for another suffix than ``.npz`` and ``.safetensors``.
-    """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
-    elif path.suffix == ".npz":
-        import numpy as np
-
-        np.savez(path, **{n: t.numpy() for n, t in tensors.items()})
-    else:
-        raise UsageError(f"{path} is no file of tensors", fix=f"use {' or '.join(KINDS)}")
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -322,7 +322,7 @@ def test_bench(bundle: Path, masked: Path, command: Command) -> None:
     assert "onnxruntime" in found["base"] and "onnxruntime" in found["other"]
     assert "torch" in command(*call, "--json").data["base"]
     mistake(command("bench", bundle, "--shapes", "8x128"), "batch=8")
-    mistake(command("bench", bundle, "--against", "ftc.tests.small:mlp"), "module")
+    mistake(command("bench", bundle, "--against", "ftc.tests.small:mlp"), "input_ids")
 
 
 def test_export(bundle: Path, tmp_path: Path, command: Command) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -201,7 +202,7 @@ def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 def _check_fit(graph: fx.Graph, signature: Signature, tensors: Mapping[str, Any]) -> None:
     """Whether graph, signature and tensors belong together."""
     inputs = tuple(n.name for n in graph.nodes if n.op == "placeholder")
-    if inputs != signature.input_names:
+    if len(inputs) != len(signature.inputs) or not all(map(_names, inputs, signature.input_names)):
         raise BundleError(f"the graph takes {inputs}, the signature says {signature.input_names}")
     leaves = graph.output_node().args[0]
     assert isinstance(leaves, tuple)
@@ -212,6 +213,11 @@ def _check_fit(graph: fx.Graph, signature: Signature, tensors: Mapping[str, Any]
     read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     if odd := sorted(read ^ set(tensors)):
         raise BundleError(f"graph and {_WEIGHTS} disagree about the tensor {odd[0]}")
+
+
+def _names(node: str, given: str) -> bool:
+    """Whether a node is that of the input ``given``: torch numbers one named like a builtin."""
+    return node == given or bool(re.fullmatch(rf"{re.escape(given)}_\d+", node))
 
 
 def _encode_signature(signature: Signature) -> dict[str, Any]:
