@@ -67,9 +67,10 @@ class Emitter:
         outputs: int = 1,
         dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
         dims: Dims | None = None,
+        domain: str = "",
         **attributes: Any,
     ) -> Any:
-        """Emits one standard operator.
+        """Emits one operator, a standard one unless ``domain`` says whose.
 
         Args:
             inputs: values, lists of ints (an int64 constant), None for one left out.
@@ -77,6 +78,7 @@ class Emitter:
             dtype: element type of the results, or of each of them; by default what the operator's
                 kind says, else the first input's.
             dims: shape of the result, where known.
+            domain: whose operator it is; ONNX's own by default.
             attributes: ints, floats, strings and lists of those; None is left out.
 
         Returns:
@@ -89,7 +91,7 @@ class Emitter:
         kept = {k: v for k, v in attributes.items() if v is not None}
         key = (op_type, outputs, *map(id, given), *((k, str(v)) for k, v in kept.items()))
         if (made := self._made.get(key)) is None:
-            made = self._emit(op_type, given, outputs, kept)
+            made = self._emit(op_type, given, outputs, kept, domain)
             kinds = dtype if isinstance(dtype, tuple) else (dtype,) * outputs
             for value, kind in zip(made, kinds, strict=True):
                 self._dtypes[value] = kind or self._result_dtype(op_type, given)
@@ -225,8 +227,9 @@ class Emitter:
         return copy
 
     def _emit(
-        self, op_type: str, inputs: list[Value | None], outputs: int, attributes: dict[str, Any]
-    ) -> tuple[Value, ...]:
+        self, op_type: str, inputs: list[Value | None], outputs: int, attributes: dict[str, Any],
+        domain: str = "",
+    ) -> tuple[Value, ...]:  # fmt: skip
         base = self.node.name if self.node is not None else "graph"
         name = self._unique(f"{base}_{op_type}")
         results = [
@@ -234,7 +237,7 @@ class Emitter:
             for i in range(outputs)
         ]
         node = ir.Node(
-            "", op_type, inputs, ir.convenience.convert_attributes(attributes),
+            domain, op_type, inputs, ir.convenience.convert_attributes(attributes),
             outputs=results, name=name, metadata_props=self._origin(),
         )  # fmt: skip
         self.nodes.append(node)

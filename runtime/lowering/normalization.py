@@ -20,7 +20,6 @@ def layer_norm(
     e: Emitter, x: Value, normalized_shape: Sequence[int], weight: Value | None = None,
     bias: Value | None = None, eps: float = 1e-5, cudnn_enable: bool = True,
 ) -> Value:  # fmt: skip
-    _keep_addition_apart(e, x)
     if weight is None:
         weight = e.const(torch.ones(tuple(normalized_shape)), e.dtype(x))
     return e.op("LayerNormalization", x, weight, bias, axis=-len(normalized_shape), epsilon=eps)
@@ -34,18 +33,6 @@ def native_layer_norm(
     out = e.out
     e.out = out[0]
     return [layer_norm(e, x, normalized_shape, weight, bias, eps), None, None]
-
-
-def _keep_addition_apart(e: Emitter, x: Value) -> None:
-    """Says ``a + b`` before a norm as ``Sum(a, b)``.
-
-    onnxruntime fuses ``Add`` and ``LayerNormalization`` into an operator that is
-    4 to 6 times slower on a CPU than the two; it does not know ``Sum``.
-    """
-    maker = x.producer()
-    if maker is None or maker.op_type != "Add" or not e.out.dtype.is_floating_point:
-        return
-    maker.op_type = "Sum"
 
 
 @lowers(aten.rms_norm.default)

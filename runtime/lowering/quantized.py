@@ -24,6 +24,7 @@ from onnx_ir import Value
 
 import ftc.graph.quantized_ops  # noqa: F401  (registers torch.ops.ftc)
 
+from .blockwise import block_linear, block_rows, has_kernel, nibbles
 from .emitter import Emitter
 from .table import lowers
 
@@ -34,7 +35,8 @@ ftc_ops: Any = torch.ops.ftc
 def dequantize(
     e: Emitter, data: Value, scale: Value, zero_point: Value | None, bits: int, group_size: int
 ) -> Value:
-    dims = e.dims(data)
+    data, zero_point = _plain(e, data, zero_point, bits)
+    scale, dims = e.cast(scale, torch.float32), e.dims(data)
     if group_size:
         split = (dims[0], e.dims(scale)[1], group_size)
         per_group = [*e.dims(scale), 1]
@@ -52,8 +54,11 @@ def quantized_embedding(
     e: Emitter, data: Value, scale: Value, zero_point: Value | None, indices: Value, bits: int,
     group_size: int,
 ) -> Value:  # fmt: skip
-    dtype = e.dtype(scale)
-    dims = e.sizes.dims(e.out)
+    if bits == 4 and has_kernel(group_size):
+        return block_rows(e, data, scale, zero_point, indices, group_size)
+    dtype, dims = torch.float32, e.sizes.dims(e.out)
+    data, zero_point = _plain(e, data, zero_point, bits)
+    scale = e.cast(scale, dtype)
     rows = e.cast(e.op("Gather", data, indices, axis=0, dims=dims), dtype)
     step = e.op("Gather", scale, indices, axis=0)
     zero = (
@@ -74,8 +79,12 @@ def quantized_linear(
     e: Emitter, x: Value, data: Value, scale: Value, zero_point: Value | None,
     bias: Value | None, bits: int, group_size: int, activation: str,
 ) -> Value:  # fmt: skip
+    if bits == 4 and has_kernel(group_size, activation):
+        return block_linear(e, x, data, scale, zero_point, bias, group_size, activation)
+    data, zero_point = _plain(e, data, zero_point, bits)
     peak = None
-    if activation == "none":
+    if activation in ("none", "block"):
+        x = x if activation == "none" else _block_round(e, x, group_size)
         y = e.op("MatMul", x, _float_weight(e, data, scale, zero_point, group_size))
     else:
         if activation == "row":
@@ -85,6 +94,27 @@ def quantized_linear(
     if peak is not None:
         y = e.op("Mul", y, peak)
     return y if bias is None else e.op("Add", y, bias)
+
+
+def _plain(
+    e: Emitter, data: Value, zero_point: Value | None, bits: int
+) -> tuple[Value, Value | None]:
+    """Codes one an element, int8, and zero points; packed ones are unpacked, once, at load."""
+    if bits == 8:
+        return data, zero_point
+    codes = e.op("Sub", e.cast(nibbles(e, data), torch.int8), e.const(8, torch.int8),
+                 dims=(e.dims(data)[0], 2 * e.dims(data)[1]))  # fmt: skip
+    return codes, zero_point
+
+
+def _block_round(e: Emitter, x: Value, group_size: int) -> Value:
+    """Each group of each row on 255 steps of its largest magnitude."""
+    dims = e.dims(x)
+    size = group_size or dims[-1]
+    blocks = e.reshape(x, [*dims[:-1], dims[-1] // size, size])
+    step = e.op("Div", _row_peak(e, blocks), e.const(127, e.dtype(x)))
+    whole = e.op("Round", e.op("Div", blocks, step))
+    return e.reshape(e.op("Mul", whole, step, dims=e.dims(blocks)), dims)
 
 
 def _row_peak(e: Emitter, x: Value) -> Value:

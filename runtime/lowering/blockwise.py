@@ -1,0 +1,75 @@
+"""Weights of 4 bits in groups, as onnxruntime's blocked operators take them.
+
+A product is ``com.microsoft::MatMulNBits``, a table lookup ``GatherBlockQuantized``.
+Both read the bytes that the program holds (two codes a byte, the low nibble
+first, codes moved by 8 so that they are 0 to 15): as ``[out, groups, group / 2]``
+the one, as ``[rows, dim / 2]`` the other, so a tied table is in the file once.
+Accuracy level 4 is the kernel that multiplies integers: it rounds each group of
+the activations to 255 steps, which is ``activation="block"`` of
+``ftc::quantized_linear``. With ``"none"`` the activations stay in float.
+
+Scales may be float16, and are cast: onnxruntime does that once, at load.
+"""
+
+from __future__ import annotations
+
+import torch
+from onnx_ir import Value
+
+from ftc.graph.quantize import pack
+
+from .emitter import Emitter
+
+_DOMAIN = "com.microsoft"
+_LEVEL = {"none": 0, "block": 4}
+
+
+def has_kernel(group_size: int, activation: str = "none") -> bool:
+    """Whether the blocked operators know this grouping: powers of two from 16."""
+    return group_size >= 16 and group_size & (group_size - 1) == 0 and activation in _LEVEL
+
+
+def block_linear(
+    e: Emitter, x: Value, data: Value, scale: Value, zero_point: Value | None,
+    bias: Value | None, group_size: int, activation: str,
+) -> Value:  # fmt: skip
+    """``x W^T + b`` for packed ``data`` ``[out, in / 2]``."""
+    rows, half = e.dims(data)
+    blocks = e.reshape(data, [rows, 2 * half // group_size, group_size // 2])
+    return e.op(
+        "MatMulNBits", x, blocks, e.cast(scale, e.dtype(x)), _nibbles(e, zero_point), None, bias,
+        domain=_DOMAIN, dims=e.sizes.dims(e.out), K=2 * half, N=rows, bits=4,
+        block_size=group_size, accuracy_level=_LEVEL[activation],
+    )  # fmt: skip
+
+
+def block_rows(
+    e: Emitter, data: Value, scale: Value, zero_point: Value | None, indices: Value,
+    group_size: int,
+) -> Value:  # fmt: skip
+    """Rows of a packed table ``[rows, dim / 2]``."""
+    dtype = torch.float32
+    return e.op(
+        "GatherBlockQuantized", data, indices, e.cast(scale, dtype), _nibbles(e, zero_point),
+        domain=_DOMAIN, dtype=dtype, dims=e.sizes.dims(e.out), bits=4, block_size=group_size,
+        gather_axis=0, quantize_axis=1,
+    )  # fmt: skip
+
+
+def nibbles(e: Emitter, data: Value) -> Value:
+    """Codes 0 to 15, one an element, of packed ``[..., n]``: ``[..., 2 n]``, in plain operators."""
+    dims = e.dims(data)
+    low = e.op("BitwiseAnd", data, e.const(15, torch.uint8), dims=dims)
+    high = e.op("BitShift", data, e.const(4, torch.uint8), direction="RIGHT", dims=dims)
+    pair = e.op("Concat", e.unsqueeze(low, -1), e.unsqueeze(high, -1), axis=-1, dims=(*dims, 2))
+    return e.reshape(pair, [*dims[:-1], dims[-1] * 2])
+
+
+def _nibbles(e: Emitter, zero_point: Value | None) -> Value | None:
+    """Zero points ``[out, groups]`` packed along the groups; a last odd one is beside an 8."""
+    if zero_point is None:
+        return None
+    held = zero_point.const_value
+    assert held is not None, "zero points are constants"
+    points = held.raw  # type: ignore[attr-defined]
+    return e.const(pack(torch.nn.functional.pad(points, (0, points.shape[1] % 2))), torch.uint8)
