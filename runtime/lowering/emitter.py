@@ -89,7 +89,7 @@ class Emitter:
         while given and given[-1] is None:
             given.pop()
         kept = {k: v for k, v in attributes.items() if v is not None}
-        key = (op_type, outputs, *map(id, given), *((k, str(v)) for k, v in kept.items()))
+        key = (domain, op_type, outputs, *map(id, given), *((k, str(v)) for k, v in kept.items()))
         if (made := self._made.get(key)) is None:
             made = self._emit(op_type, given, outputs, kept, domain)
             kinds = dtype if isinstance(dtype, tuple) else (dtype,) * outputs
