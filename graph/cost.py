@@ -164,16 +164,19 @@ def _held(program: Program) -> dict[fx.Node, tuple[int, int]]:
         seen.add(key)
         reader = min(node.users, key=order.__getitem__, default=node)
         is_weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-        weights = tensor.numel() if is_weight or is_quantized_data(node) else 0
+        weights = tensor.numel() if is_weight else coded_weights(node, tensor)
         storage = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
         before = held.get(reader, (0, 0))
         held[reader] = (before[0] + weights, before[1] + storage)
     return held
 
 
-def is_quantized_data(node: fx.Node) -> bool:
-    """Whether a ``get_attr`` node reads the integer codes of a quantized weight."""
-    return any(argument(user, "data") is node for user in node.users if _is_ours(user))
+def coded_weights(node: fx.Node, tensor: Tensor) -> int:
+    """How many weights are quantized in ``tensor``, which ``node`` reads: two a byte at 4 bits."""
+    for user in node.users:
+        if _is_ours(user) and argument(user, "data") is node:
+            return tensor.numel() * (8 // int(argument(user, "bits")))
+    return 0
 
 
 def argument(node: fx.Node, name: str) -> Any:

@@ -10,6 +10,9 @@ row as groups of ``group_size`` (0: the whole row is one group). Two schemes:
 
 The rounding error of either is at most ``s / 2`` per element for every value
 inside the range (Jacob et al., arXiv 1712.05877, section 2.1).
+
+Codes of 4 bits are stored two a byte (:func:`pack`): ``byte = (q_2j + 8) |
+(q_2j+1 + 8) << 4``, the order of ONNX's UINT4 and of MatMulNBits.
 """
 
 from __future__ import annotations
@@ -84,18 +87,34 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: S
     return codes.to(torch.int8).view(weight.shape)
 
 
-def dequantize(data: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Float32 values of codes.
+def dequantize(data: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int = 8) -> Tensor:
+    """Float32 values of codes ``[out, ...]``.
 
     Args:
-        data: int8 ``[out, ...]``.
+        data: int8 ``[out, ...]``, or at 4 bits packed uint8 ``[out, in / 2]``.
         scale: float ``[out, groups]``.
         zero_point: int8 ``[out, groups]`` or None.
+        bits: 4 or 8.
     """
-    groups = data.reshape(*scale.shape, -1).to(scale.dtype)
+    codes = unpack(data) if bits == 4 else data
+    groups = codes.reshape(*scale.shape, -1).to(torch.float32)
     if zero_point is not None:
-        groups = groups - zero_point.unsqueeze(-1)
-    return (groups * scale.unsqueeze(-1)).view(data.shape)
+        groups -= zero_point.unsqueeze(-1)
+    groups *= scale.unsqueeze(-1)
+    return groups.view(codes.shape)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes in [-8, 7], int8 ``[..., 2 n]``, as uint8 ``[..., n]``: the even ones in low nibbles."""
+    assert codes.shape[-1] % 2 == 0, f"{codes.shape} has an odd number of codes a row"
+    nibbles = (codes + 8).to(torch.uint8)
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+
+
+def unpack(data: Tensor) -> Tensor:
+    """The inverse of :func:`pack`: int8 ``[..., 2 n]`` of uint8 ``[..., n]``."""
+    nibbles = torch.stack((data & 15, data >> 4), -1).flatten(-2)
+    return nibbles.to(torch.int8) - 8
 
 
 def relative_error(weight: Tensor, restored: Tensor) -> float:

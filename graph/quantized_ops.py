@@ -12,7 +12,13 @@ their magnitudes back:
     y = m * (s_x s_w * (q_x - z_x) q_w^T) + b,   (q_x, s_x, z_x) = DQL(x / m)
 
 A per-tensor scale is ruined by one outlier row; this is a scale per row at the
-price of a scale per tensor. The gradient towards ``x`` is that of the
+price of a scale per tensor. With ``activation="block"`` each group of a row is
+quantized by its own largest magnitude ``m``, symmetric, which is what
+onnxruntime's MatMulNBits does at accuracy level 4:
+
+    x ~ round(127 x / m) m / 127
+
+The gradient towards ``x`` is that of the
 dequantized weight (straight through the rounding); weights get none.
 """
 
@@ -25,7 +31,7 @@ from torch import Tensor
 
 from .quantize import dequantize as _dequantize
 
-ACTIVATIONS = ("none", "row", "tensor")
+ACTIVATIONS = ("none", "row", "tensor", "block")
 
 
 @torch.library.custom_op("ftc::dequantize", mutates_args=())
@@ -33,12 +39,18 @@ def dequantize(
     data: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
     """The float weight ``[out, ...]`` of codes ``data`` (see :mod:`ftc.graph.quantize`)."""
-    return _dequantize(data, scale, zero_point)
+    return _dequantize(data, scale, zero_point, bits)
 
 
 @dequantize.register_fake
 def _(data: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
-    return torch.empty_like(data, dtype=scale.dtype)
+    shape = (*data.shape[:-1], width(data, bits)) if bits == 4 else data.shape
+    return data.new_empty(shape, dtype=torch.float32)
+
+
+def width(data: Tensor, bits: int) -> int:
+    """``in`` of codes ``[out, in]``, which at 4 bits are two a byte."""
+    return data.shape[-1] * 2 if bits == 4 else data.shape[-1]
 
 
 @torch.library.custom_op("ftc::quantized_embedding", mutates_args=())
@@ -50,11 +62,11 @@ def quantized_embedding(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """Rows ``[..., dim]`` of a quantized table int8 ``[rows, dim]`` at ``indices`` ``[...]``."""
+    """Float32 rows ``[..., dim]`` of a quantized table ``[rows, dim]`` at ``indices`` ``[...]``."""
     zero = None if zero_point is None else zero_point[indices].flatten(0, -2)
-    picked = data[indices]
-    rows = _dequantize(picked.flatten(0, -2), scale[indices].flatten(0, -2), zero)
-    return rows.view(picked.shape)
+    picked = data[indices].flatten(0, -2)
+    rows = _dequantize(picked, scale[indices].flatten(0, -2), zero, bits)
+    return rows.view(*indices.shape, rows.shape[-1])
 
 
 @quantized_embedding.register_fake
@@ -66,7 +78,7 @@ def _(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    return scale.new_empty((*indices.shape, data.shape[1]))
+    return scale.new_empty((*indices.shape, width(data, bits)), dtype=torch.float32)
 
 
 @torch.library.custom_op("ftc::quantized_linear", mutates_args=())
@@ -86,16 +98,18 @@ def quantized_linear(
         x: float ``[..., in]``.
         data, scale, zero_point: codes of ``W`` ``[out, in]`` (see :mod:`ftc.graph.quantize`).
         bias: float ``[out]`` or None.
-        activation: ``none``, ``row`` or ``tensor``: how ``x`` is quantized at run time.
+        activation: ``none``, ``row``, ``tensor`` or ``block``: how ``x`` is quantized at run time.
     """
-    if activation == "none" or x.numel() == 0:
-        return torch.nn.functional.linear(x, _dequantize(data, scale, zero_point).to(x.dtype), bias)
+    if activation in ("none", "block") or x.numel() == 0:
+        weight = _dequantize(data, scale, zero_point, bits).to(x.dtype)
+        seen = block_round(x, group_size) if activation == "block" else x
+        return torch.nn.functional.linear(seen, weight, bias)
     peak = row_peak(x) if activation == "row" else None
     codes, step = dynamic_quantize(x if peak is None else x / peak)
-    if group_size == 0 and zero_point is None:
+    if group_size == 0 and zero_point is None and bits == 8:
         y = torch.nn.functional.linear(codes, data.to(codes.dtype)) * (step * scale[:, 0])
     else:
-        y = torch.nn.functional.linear(codes, _dequantize(data, scale, zero_point)) * step
+        y = torch.nn.functional.linear(codes, _dequantize(data, scale, zero_point, bits)) * step
     if peak is not None:
         y = y * peak
     return y if bias is None else y + bias
@@ -112,13 +126,22 @@ def _(
     group_size: int,
     activation: str,
 ) -> Tensor:
-    assert x.shape[-1] == data.shape[1], f"x {x.shape} by a weight {data.shape}"
+    assert x.shape[-1] == width(data, bits), f"x {x.shape} by a weight {data.shape}"
     return x.new_empty((*x.shape[:-1], data.shape[0]))
 
 
 def row_peak(x: Tensor) -> Tensor:
     """Largest magnitude of each row, ``[..., 1]``; of zeros the smallest normal number."""
     return x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def block_round(x: Tensor, group_size: int) -> Tensor:
+    """``x`` ``[..., in]`` on 255 steps for each group of each row; 0: the row is one group."""
+    size = group_size or x.shape[-1]
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    inverse = torch.where(step > 0, 1 / step, torch.zeros_like(step))
+    return (torch.round(blocks * inverse) * step).view(x.shape)
 
 
 def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,14 +154,14 @@ def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, data, scale, zero_point, bias = inputs[:5]
+    x, data, scale, zero_point, bias, bits, group_size = inputs[:7]
     ctx.save_for_backward(data, scale, zero_point)
-    ctx.has_bias, ctx.dtype = bias is not None, x.dtype
+    ctx.has_bias, ctx.dtype, ctx.how = bias is not None, x.dtype, (bits, group_size)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     data, scale, zero_point = ctx.saved_tensors
-    weight = torch.ops.ftc.dequantize(data, scale, zero_point, 8, 0).to(ctx.dtype)
+    weight = torch.ops.ftc.dequantize(data, scale, zero_point, *ctx.how).to(ctx.dtype)
     into_x = grad @ weight if ctx.needs_input_grad[0] else None
     into_bias = None
     if ctx.has_bias and ctx.needs_input_grad[4]:

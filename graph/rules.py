@@ -258,9 +258,10 @@ def _quantized_problem(view: View, node: fx.Node, has_activation: bool) -> str |
     if any(s is not None and (not isinstance(s, fx.Node) or s.op != "get_attr") for s in sources):
         return None  # computed codes: their shapes are the fake kernel's to check
     data, scale, zero = (None if s is None else view.program.tensor(str(s.target)) for s in sources)
-    if data is None or scale is None or data.dtype not in (torch.int8, torch.uint8):
-        return "codes that are not 8-bit integers"
-    width = data[0].numel()
+    wanted = torch.uint8 if bits == 4 else torch.int8
+    if data is None or scale is None or data.dtype != wanted:
+        return f"codes that are not 8-bit integers, {wanted} at bits={bits}"
+    width = data[0].numel() * (8 // bits)
     if group_size < 0 or (group_size and width % group_size):
         return f"group_size={group_size}, which does not divide {width}"
     expected = (data.shape[0], width // group_size if group_size else 1)

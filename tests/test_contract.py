@@ -30,6 +30,7 @@ from ftc.tests.tiny import custom, tiny
 SPECS = {  # beyond the defaults, which are always tested
     "freeze": ["freeze{train=product}", "freeze{train=none}"],
     "lowrank": ["lowrank{ratio=0.5}", "lowrank{rank=3}"],
+    "int4": ["int4{min_size=0,group_size=16}", "int4{min_size=0,group_size=16,symmetric=true}"],
     "int8": ["int8{min_size=0}", "int8{activation=none,min_size=0,reduce_range=false}"],
 }
 AGAIN_MODIFIES = {"smooth"}  # exact, and balances what it balanced before once more
@@ -235,12 +236,27 @@ def int8_rounds_by_half_a_step() -> None:
     assert quantized > 10
 
 
+def int4_keeps_weights_that_are_4_bits_already() -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 16))
+    for layer in (model[0], model[2]):
+        codes = torch.randint(0, 16, (layer.out_features, layer.in_features // 16, 16)).float()
+        codes[..., 0], codes[..., 1] = 0, 15
+        steps = torch.rand(layer.out_features, layer.in_features // 16, 1).half().float() + 0.5
+        layer.weight.data = ((codes - torch.randint(0, 16, steps.shape)) * steps).flatten(1)
+    program = custom(model, input=torch.randn(3, 64))
+    result = Pipeline.parse("int4{min_size=0,group_size=16,activation=none}").run(program)
+    assert result.records[-1].modified == 2
+    probe = program.signature.probe(batch=9)
+    assert measure_drift(program, result.program, probe).relative <= 1e-5
+
+
 def program_parameters(program: Program) -> int:
     return sum(p.numel() for p in program.module.parameters())
 
 
 LOSSLESS: dict[str, Callable[[], None]] = {
     "lowrank": low_rank_loses_nothing_at_the_true_rank,
+    "int4": int4_keeps_weights_that_are_4_bits_already,
     "int8": int8_rounds_by_half_a_step,
 }
 

@@ -198,7 +198,7 @@ def _quantized(**changes) -> Program:
 def test_a_quantized_program_keeps_every_rule():
     verify(_quantized())
     verify(_quantized(zero=(16, 1)))
-    verify(_quantized(group_size=4, scale=(16, 2), bits=4))
+    verify(_quantized(group_size=4, scale=(16, 2)))
 
 
 @pytest.mark.parametrize(
@@ -207,6 +207,8 @@ def test_a_quantized_program_keeps_every_rule():
         ({"bits": 3}, "bits=3"),
         ({"activation": "column"}, "activation='column'"),
         ({"dtype": torch.int32}, "not 8-bit integers"),
+        ({"bits": 4}, "torch.uint8 at bits=4"),
+        ({"bits": 4, "dtype": torch.uint8, "group_size": 4}, "a scale that is"),
         ({"group_size": 3}, "group_size=3"),
         ({"group_size": 4}, "a scale that is"),
         ({"scale": (16, 2)}, "a scale that is"),

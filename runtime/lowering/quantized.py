@@ -102,9 +102,9 @@ def _plain(
     """Codes one an element, int8, and zero points; packed ones are unpacked, once, at load."""
     if bits == 8:
         return data, zero_point
-    codes = e.op("Sub", e.cast(nibbles(e, data), torch.int8), e.const(8, torch.int8),
-                 dims=(e.dims(data)[0], 2 * e.dims(data)[1]))  # fmt: skip
-    return codes, zero_point
+    moved = e.cast(nibbles(e, data), torch.float32)  # onnxruntime subtracts no bytes
+    codes = e.op("Sub", moved, e.const(8, torch.float32), dims=e.dims(moved))
+    return e.cast(codes, torch.int8), zero_point
 
 
 def _block_round(e: Emitter, x: Value, group_size: int) -> Value:
