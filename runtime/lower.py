@@ -207,7 +207,7 @@ class _Lowering:
         graph = ir.Graph(
             inputs, outputs, nodes=nodes, name=self.program.signature.task,
             initializers=[v for v in self.emitter.initializers if v in read],
-            opset_imports={"": OPSET},
+            opset_imports={"": OPSET} | {node.domain: 1 for node in nodes if node.domain},
         )  # fmt: skip
         metadata = {}
         if self.decomposed:

@@ -163,7 +163,10 @@ def _weight(held: dict[str, Any], name: str, structure: Structure) -> Weight:
     parts = [held[name + part] for part in _PARTS if name + part in held]
     main = parts[0]
     size = sum(part.numel() * part.element_size() for part in parts)
-    return Weight(name, _short(main.dtype), tuple(main.shape), size, structure.of(name))
+    kind, shape = _short(main.dtype), tuple(main.shape)
+    if len(parts) > 1 and kind == "uint8":  # two codes of 4 bits a byte
+        kind, shape = "int4", (*shape[:-1], 2 * shape[-1])
+    return Weight(name, kind, shape, size, structure.of(name))
 
 
 def _numel(shape: Iterable[int]) -> int:
