@@ -8,13 +8,16 @@ their sum does not is traced to the pass that drifted most, and to the node in i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from ftc.graph.drift import compare, summarize
 from ftc.graph.errors import BudgetError, FtcError
 from ftc.graph.printer import diff, print_graph
 from ftc.graph.program import Drift, PassRecord, Program
+from ftc.graph.signature import Signature
 from ftc.graph.trace import worst_jump
 
 from .base import Context, Pass
@@ -115,6 +118,10 @@ class Pipeline:
     ) -> PipelineResult:
         """Checks the order, then runs pass after pass.
 
+        Only two programs are held at a time: a caller that gives its program
+        away (``run(holder.pop())``) has the memory of its weights back as soon
+        as a pass has replaced them.
+
         Args:
             program: is not changed.
             ctx: probes, budget, seed; random probes by default.
@@ -129,7 +136,10 @@ class Pipeline:
         observer = observer or Observer()
         plan = self.plan(program)
         observer.planned([each for each, _ in plan])
+        known, signature = len(program.history), program.signature
+        expected = ctx.outputs(program)
         current, worst = program, None
+        del program
         for each, reason in plan:
             observer.started(each, current)
             try:
@@ -138,13 +148,16 @@ class Pipeline:
                 observer.failed(each, current, error)
                 raise
             observer.finished(each, current, after)
-            if worst is None or _relative(after) > _relative(worst[2]):
+            if ctx.max_drift is not None and (
+                worst is None or _relative(after) > _relative(worst[2])
+            ):
                 worst = (each, current, after)
             current = after
-        drift = _total_drift(program, current, ctx)
+            del after
+        drift = _total_drift(signature, expected, current, ctx)
         if worst and drift and ctx.max_drift is not None and drift.relative > ctx.max_drift:
             raise _over_budget(drift, ctx, *worst)
-        return PipelineResult(current, current.history[len(program.history) :], drift)
+        return PipelineResult(current, current.history[known:], drift)
 
 
 def _note(program: Program, reason: str | None) -> Program:
@@ -161,14 +174,17 @@ def _relative(program: Program) -> float:
     return drift.relative if drift else 0.0
 
 
-def _total_drift(before: Program, after: Program, ctx: Context) -> Drift | None:
-    if set(before.signature.input_names) != set(after.signature.input_names):
+def _total_drift(
+    before: Signature, expected: Sequence[Mapping[str, Tensor]], after: Program, ctx: Context
+) -> Drift | None:
+    """Drift of the whole; None where the inputs changed, and with them the probes."""
+    if set(before.input_names) != set(after.signature.input_names):
         return None
-    outputs = zip(ctx.probes_for(before), ctx.outputs(before), ctx.outputs(after), strict=True)
+    outputs = zip(ctx.probes_for(after), expected, ctx.outputs(after), strict=True)
     differences = [
         difference
         for probe, old, new in outputs
-        for difference in compare(old, new, probe, before.signature).values()
+        for difference in compare(old, new, probe, before).values()
     ]
     return summarize(differences, ctx.probe_source)
 

@@ -16,23 +16,25 @@ tokenizer, and always on random inputs of another shape too.
 
 from __future__ import annotations
 
-import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ftc.graph.bundle import check_output, save_bundle
 from ftc.graph.cost import cost
 from ftc.graph.drift import compare, summarize
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Drift, Program
+from ftc.graph.signature import Signature
 from ftc.graph.sources import capture
-from ftc.graph.sources.tokenizer import tokenizer
-from ftc.passes.context import Context, Inputs, random_probes
+from ftc.passes.base import Context, Effect
+from ftc.passes.context import Inputs
 from ftc.passes.ordering import order_text
 from ftc.passes.pipeline import Observer, Pipeline
 from ftc.passes.registry import get
@@ -42,14 +44,15 @@ from .bench import compare as compare_latency
 from .engine import MODEL, OnnxEngine, TorchEngine, torch_threads
 from .lower import decomposed, lower, save_onnx
 from .measure import machine
+from .memory import release
 from .parity import check_parity
+from .probes import make_context
 from .report import ONNX, CompileReport, Plan, Step, original_step, pass_step
-from .tensors import KINDS, read_tensors
-from .text import calibration, read_text, takes_text, text_probe
 
 TARGETS = ("portable",)
 REPORT = "report.json"
-_MEASURE_SECONDS, _MEASURE_MOST = 0.4, 5e9
+_MEASURE_SECONDS, _MEASURE_MOST = 0.4, 2.5e9
+_RANDOM_SIZES = (3, 5, 7, 11)  # small: every step is run on them
 
 
 @dataclass
@@ -122,20 +125,22 @@ def compile_model(
     run = _Run(progress)
     pipeline = _prepare(passes, out, target, force)
     with run.phase("capture", f"capturing {source}"):
-        original = _captured(source, task, trust)
-        ctx = _context(original, calib, target, max_drift, seed)
-        first = original_step(cost(original), 0.0)
+        held = [_captured(source, task, trust)]
+        signature, notes = held[0].signature, held[0].notes
+        ctx = make_context(held[0], calib, target, max_drift, seed)
+        first = original_step(cost(held[0]), 0.0)
     with run.phase("passes", "running passes"):
-        done = pipeline.run(original, ctx, _Told(run, observer))
-        result = done.program
-        gc.collect()  # graphs are cycles: programs between the passes would keep their weights
+        expected, told = ctx.outputs(held[0]), _Told(run, observer, held[0])
+        done = pipeline.run(held.pop(), ctx, told)
+        result, original = done.program, told.reference
+        release()
     made: list[CompileReport] = []
 
     def write_onnx(path: Path) -> None:
-        lowered, notes = _lower(result, path, run)
+        lowered, lowering_notes = _lower(result, path, run)
         engine = OnnxEngine(result, path, threads=1)
         with run.phase("parity", "comparing onnxruntime with the graph"):
-            step, total = _prove(original, result, engine, ctx, path, lowered)
+            step, total = _prove(signature, expected, result, engine, ctx, path, lowered)
         with run.phase("latency", "measuring latency"), torch_threads(1):
             base = TorchEngine(original)
             latencies, label = _latency(base, engine), base.label
@@ -143,8 +148,8 @@ def compile_model(
         made.append(CompileReport(
             str(source), str(out), result.signature.task,
             ",".join(record.spec for record in done.records), steps, total, latencies,
-            (label, engine.label), original.signature.sizes(), machine(),
-            (*original.notes, *notes), run.phases,
+            (label, engine.label), signature.sizes(), machine(), (*notes, *lowering_notes),
+            run.phases,
         ))  # fmt: skip
 
     def write_report(path: Path) -> None:
@@ -194,58 +199,36 @@ def _captured(source: Any, task: str | None, trust: bool) -> Program:
     return source if isinstance(source, Program) else capture(source, task=task, trust=trust)
 
 
-def _context(
-    program: Program, calib: str | None, target: str, max_drift: float | None, seed: int
-) -> Context:
-    """Probes and calibration data, from what the user gave or from Python's documentation.
-
-    Raises:
-        UsageError: for calibration data that does not fit the program.
-    """
-    fixed: dict[str, Any] = {"target": target, "max_drift": max_drift, "seed": seed}
-    other = random_probes(program, seed)
-    if calib is not None and Path(calib).suffix in KINDS:
-        given = read_tensors(Path(calib), program.signature)
-        return Context(
-            probes=(given, *other[1:]),
-            calibration=(given,),
-            probe_source=f"{Path(calib).name} and random inputs",
-            **fixed,
-        )
-    found = tokenizer(program) if takes_text(program.signature) else None
-    if found is None:
-        if calib is not None:
-            raise UsageError(
-                "calibration with text needs a tokenizer, and this model has none",
-                fix="give tensors: --calib FILE.npz",
-            )
-        return Context(probes=other, probe_source="random inputs", **fixed)
-    text = read_text(calib)
-    probe = text_probe(program, text, found)
-    count, longest = probe["input_ids"].shape
-    words = f"{count} rows of up to {longest} tokens of {text.source}, and random tokens"
-    return Context(
-        probes=(probe, other[0]),
-        probe_source=words,
-        calibration=calibration(program, text, found),
-        **fixed,
-    )
+def _random_probe(program: Program, seed: int) -> Inputs:
+    """Random inputs of sizes that text does not have."""
+    signature = program.signature
+    wanted = zip(signature.dims, _RANDOM_SIZES, strict=False)
+    return signature.probe(seed=seed, **{d: min(n, signature.limits.get(d, n)) for d, n in wanted})
 
 
 class _Told(Observer):
-    """Tells the progress line which pass runs, and passes everything on."""
+    """Tells the progress line which pass runs, passes everything on, and keeps the reference.
 
-    def __init__(self, run: _Run, inner: Observer | None) -> None:
+    Attributes:
+        reference: the program after the exact passes the pipeline began with. It
+            computes what the original does, so the original itself can go.
+    """
+
+    def __init__(self, run: _Run, inner: Observer | None, original: Program) -> None:
         self._run, self._inner = run, inner or Observer()
+        self.reference = original
 
     def planned(self, passes: Any) -> None:
         self._inner.planned(passes)
 
     def started(self, given: Any, program: Program) -> None:
+        release()  # the weights that the pass before replaced
         self._run.progress(f"running {given.spec}")
         self._inner.started(given, program)
 
     def finished(self, given: Any, before: Program, after: Program) -> None:
+        if self.reference is before and given.effect in (Effect.EXACT, Effect.ANNOTATION):
+            self.reference = after
         self._inner.finished(given, before, after)
 
     def failed(self, given: Any, before: Program, error: Any) -> None:
@@ -264,8 +247,9 @@ def _lower(result: Program, path: Path, run: _Run) -> tuple[float, tuple[str, ..
 
 
 def _prove(
-    original: Program, result: Program, engine: OnnxEngine, ctx: Context, path: Path, seconds: float
-) -> tuple[Step, Drift | None]:
+    signature: Signature, expected: Sequence[Mapping[str, Tensor]], result: Program,
+    engine: OnnxEngine, ctx: Context, path: Path, seconds: float,
+) -> tuple[Step, Drift | None]:  # fmt: skip
     """onnxruntime against the graph, and against the model as it came, on the same probes.
 
     Raises:
@@ -276,18 +260,18 @@ def _prove(
     drift = check_parity(result, ctx.outputs(result), outputs, probes, ctx.probe_source)
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
     step = Step(ONNX, "exact", None, size, None, drift, seconds)
-    if set(original.signature.input_names) != set(result.signature.input_names):
+    if set(signature.input_names) != set(result.signature.input_names):
         return step, None
-    return step, _drift(original, ctx.outputs(original), outputs, probes, ctx.probe_source)
+    return step, _drift(signature, expected, outputs, probes, ctx.probe_source)
 
 
 def _drift(
-    program: Program, before: Any, after: Any, probes: tuple[Inputs, ...], source: str
+    signature: Signature, before: Any, after: Any, probes: tuple[Inputs, ...], source: str
 ) -> Drift:
     found = [
         difference
         for old, new, probe in zip(before, after, probes, strict=True)
-        for difference in compare(old, new, probe, program.signature).values()
+        for difference in compare(old, new, probe, signature).values()
     ]
     return summarize(found, source)
 

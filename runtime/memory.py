@@ -1,0 +1,21 @@
+"""Giving memory back between steps that each replace most of a model's weights."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+
+
+def release() -> None:
+    """Frees programs nobody holds any more, and hands their memory to the system.
+
+    Graphs are cycles, so their weights wait for a collection; and glibc keeps
+    what was freed in pieces of a few megabytes, which the next step's large
+    tensors cannot use (SmolLM2, between two passes: 1,443 MB held for 548 live).
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libcs have none
+        if trim is not None:
+            trim(0)

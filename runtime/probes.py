@@ -1,0 +1,56 @@
+"""What a compilation measures drift on and calibrates with.
+
+Real text where the model takes text and brought a tokenizer, and always random
+inputs of another shape too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ftc.graph.errors import UsageError
+from ftc.graph.program import Program
+from ftc.graph.sources.tokenizer import tokenizer
+from ftc.passes.context import Context, random_probes
+
+from .tensors import KINDS, read_tensors
+from .text import calibration, read_text, takes_text, text_probe
+
+
+def make_context(
+    program: Program, calib: str | None, target: str, max_drift: float | None, seed: int
+) -> Context:
+    """Probes and calibration data, from what the user gave or from Python's documentation.
+
+    Raises:
+        UsageError: for calibration data that does not fit the program.
+    """
+    fixed: dict[str, Any] = {"target": target, "max_drift": max_drift, "seed": seed}
+    other = random_probes(program, seed)
+    if calib is not None and Path(calib).suffix in KINDS:
+        given = read_tensors(Path(calib), program.signature)
+        return Context(
+            probes=(given, *other[1:]),
+            calibration=(given,),
+            probe_source=f"{Path(calib).name} and random inputs",
+            **fixed,
+        )
+    found = tokenizer(program) if takes_text(program.signature) else None
+    if found is None:
+        if calib is not None:
+            raise UsageError(
+                "calibration with text needs a tokenizer, and this model has none",
+                fix="give tensors: --calib FILE.npz",
+            )
+        return Context(probes=other, probe_source="random inputs", **fixed)
+    text = read_text(calib)
+    probe = text_probe(program, text, found)
+    count, longest = probe["input_ids"].shape
+    words = f"{count} rows of up to {longest} tokens of {text.source}, and random tokens"
+    return Context(
+        probes=(probe, other[0]),
+        probe_source=words,
+        calibration=calibration(program, text, found),
+        **fixed,
+    )
