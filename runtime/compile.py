@@ -139,6 +139,7 @@ def compile_model(
     def write_onnx(path: Path) -> None:
         lowered, lowering_notes = _lower(result, path, run)
         engine = OnnxEngine(result, path, threads=1)
+        release()  # what onnxruntime needed only to load
         with run.phase("parity", "comparing onnxruntime with the graph"):
             step, total = _prove(signature, expected, result, engine, ctx, path, lowered)
         with run.phase("latency", "measuring latency"), torch_threads(1):
