@@ -85,6 +85,9 @@ class VerifyError(PromiseError):
     """A program breaks a rule of :mod:`ftc.graph.verify`."""
 
 
+_LISTED = 15
+
+
 def nearest(word: str, known: Iterable[str], *, count: int = 3) -> str:
     """The known words nearest to ``word``, as the text of a fix.
 
@@ -95,4 +98,6 @@ def nearest(word: str, known: Iterable[str], *, count: int = 3) -> str:
     close = difflib.get_close_matches(word, names, n=count, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"
+    if len(names) > _LISTED:
+        return f"known: {', '.join(names[:_LISTED])} and {len(names) - _LISTED} more"
     return f"known: {', '.join(names)}" if names else "none are known"
