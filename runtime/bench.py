@@ -7,6 +7,7 @@ as it is, so that both sides run in the same engine.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from .console import format_sizes
 from .engine import Engine, OnnxEngine, TorchEngine, open_engine, set_threads
 from .measure import Timing, interleaved, machine, ratio
 
-_TEXT_SHAPES = ((1, 16), (8, 128), (4, 128), (2, 128), (1, 128), (1, 64), (1, 32))
+_TEXT_SHAPES = ((8, 128), (4, 128), (2, 128), (1, 128), (1, 64), (1, 32), (1, 16), (1, 8))
 LARGE = 13e9
 """Multiply-adds of one run at the larger of the usual shapes: half a second on one core."""
 
@@ -143,7 +144,7 @@ def compare(
 
 
 def usual_shapes(program: Program, most: float = LARGE) -> list[dict[str, int]]:
-    """A small and a large shape: one short row; and tokens for up to ``most`` multiply-adds.
+    """A small and a large shape: one short row; and tokens for about ``most`` multiply-adds.
 
     A program without a sequence is measured at one row and at eight; one without
     dynamic dimensions at the shape that it has.
@@ -153,12 +154,14 @@ def usual_shapes(program: Program, most: float = LARGE) -> list[dict[str, int]]:
         return [{}]
     if len(dims) == 1:
         return [{dims[0]: 1}, {dims[0]: min(8, limits.get(dims[0], 8))}]
-    small, *large = [
+    shapes = [
         {d: min(n, limits.get(d, n)) for d, n in zip(dims, pair, strict=False)}
         for pair in _TEXT_SHAPES
     ]
-    fitting = [s for s in large if cost(program, **s).operations <= most]
-    return [small, fitting[0]] if fitting else [small]
+    each = cost(program).operations / math.prod(program.signature.sizes().values())
+    large = next((s for s in shapes if each * math.prod(s.values()) <= most), shapes[-1])
+    small = shapes[-2] if math.prod(large.values()) > math.prod(shapes[-2].values()) else shapes[-1]
+    return [small, large] if small != large else [small]
 
 
 def parse_shape(text: str, signature: Signature) -> dict[str, int]:

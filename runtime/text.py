@@ -24,8 +24,8 @@ from ftc.graph.sources.tokenizer import tokenizer
 from ftc.passes.context import Inputs
 
 IDS, TYPES = "input_ids", "token_type_ids"
-PROBE_TOKENS = (24, 17)
-CALIBRATION_ROWS, CALIBRATION_TOKENS = 4, 64
+PROBE_TOKENS = (20, 13)
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 3, 64
 
 
 @dataclass(frozen=True, slots=True)
