@@ -52,7 +52,6 @@ from .report import ONNX, CompileReport, Plan, Step, original_step, pass_step
 TARGETS = ("portable",)
 REPORT = "report.json"
 _MEASURE_SECONDS, _MEASURE_MOST = 0.4, 2.5e9
-_RANDOM_SIZES = (3, 5, 7, 11)  # small: every step is run on them
 
 
 @dataclass
@@ -144,7 +143,8 @@ def compile_model(
             step, total = _prove(signature, expected, result, engine, ctx, path, lowered)
         with run.phase("latency", "measuring latency"), torch_threads(1):
             base = TorchEngine(original)
-            latencies, label = _latency(base, engine), base.label
+            latencies = _latency(base, engine)
+            label = f"{base.label}, the graph after its exact passes"
         steps = (first, *(pass_step(record) for record in done.records), step)
         made.append(CompileReport(
             str(source), str(out), result.signature.task,
@@ -198,13 +198,6 @@ def _prepare(passes: str, out: str | Path, target: str, force: bool) -> Pipeline
 
 def _captured(source: Any, task: str | None, trust: bool) -> Program:
     return source if isinstance(source, Program) else capture(source, task=task, trust=trust)
-
-
-def _random_probe(program: Program, seed: int) -> Inputs:
-    """Random inputs of sizes that text does not have."""
-    signature = program.signature
-    wanted = zip(signature.dims, _RANDOM_SIZES, strict=False)
-    return signature.probe(seed=seed, **{d: min(n, signature.limits.get(d, n)) for d, n in wanted})
 
 
 class _Told(Observer):

@@ -12,10 +12,12 @@ from typing import Any
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.sources.tokenizer import tokenizer
-from ftc.passes.context import Context, random_probes
+from ftc.passes.context import Context, Inputs, random_probes
 
 from .tensors import KINDS, read_tensors
 from .text import calibration, read_text, takes_text, text_probe
+
+_RANDOM_SIZES = (3, 5, 7, 11)  # few tokens: every step of a pipeline is run on them
 
 
 def make_context(
@@ -27,11 +29,11 @@ def make_context(
         UsageError: for calibration data that does not fit the program.
     """
     fixed: dict[str, Any] = {"target": target, "max_drift": max_drift, "seed": seed}
-    other = random_probes(program, seed)
+    other = _random_probe(program, seed)
     if calib is not None and Path(calib).suffix in KINDS:
         given = read_tensors(Path(calib), program.signature)
         return Context(
-            probes=(given, *other[1:]),
+            probes=(given, other),
             calibration=(given,),
             probe_source=f"{Path(calib).name} and random inputs",
             **fixed,
@@ -43,14 +45,22 @@ def make_context(
                 "calibration with text needs a tokenizer, and this model has none",
                 fix="give tensors: --calib FILE.npz",
             )
-        return Context(probes=other, probe_source="random inputs", **fixed)
+        probes = random_probes(program, seed)
+        return Context(probes=probes, probe_source="random inputs", **fixed)
     text = read_text(calib)
     probe = text_probe(program, text, found)
     count, longest = probe["input_ids"].shape
     words = f"{count} rows of up to {longest} tokens of {text.source}, and random tokens"
     return Context(
-        probes=(probe, other[0]),
+        probes=(probe, other),
         probe_source=words,
         calibration=calibration(program, text, found),
         **fixed,
     )
+
+
+def _random_probe(program: Program, seed: int) -> Inputs:
+    """Random inputs of sizes that the text does not have."""
+    signature = program.signature
+    wanted = zip(signature.dims, _RANDOM_SIZES, strict=False)
+    return signature.probe(seed=seed, **{d: min(n, signature.limits.get(d, n)) for d, n in wanted})
