@@ -1,7 +1,7 @@
 """What a compilation costs, against torch.onnx.export of the same model in the same run.
 
 Every measurement is a process of its own; processor time and peak memory are what
-the kernel says of it. The command that is timed is the whole ``ftc compile MODEL
+the kernel says of it, with one thread. The command that is timed is the whole ``ftc compile MODEL
 --passes int8``: capture, passes with their proofs, lowering, saving, parity and
 latency. What it is compared with is the call of ``torch.onnx.export`` alone, and
 with loading. Then random Llamas of 12, 24 and 48 layers: how far time and memory
@@ -46,12 +46,16 @@ transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[2])
 """
 
 
+# One thread each: threads that wait for each other on a busy machine spin, and are counted.
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def child(code: str, *arguments: str) -> dict[str, Any]:
     """Runs Python code in a process; its processor seconds, peak bytes and output."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         actions = [(os.POSIX_SPAWN_DUP2, f.fileno(), n) for f, n in ((out, 1), (err, 2))]
         command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-        pid = os.posix_spawn(sys.executable, command, os.environ, file_actions=actions)
+        pid = os.posix_spawn(sys.executable, command, _ENVIRONMENT, file_actions=actions)
         _, status, used = os.wait4(pid, 0)
         if status:
             err.seek(0)
