@@ -281,6 +281,18 @@ def passes(output: Output, name: str | None) -> None:
     return output.print(render.render_passes, found)
 
 
+@command
+@click.argument("name", default="native")
+@click.option("--measure", is_flag=True, help="Measure this machine again.")
+def target(output: Output, name: str, measure: bool) -> None:
+    """Show a machine that programs run on: its kernels and what they take."""
+    from ftc.runtime import kernels
+    from ftc.runtime.render_target import render_target
+
+    found = kernels.resolve(name, measure=measure, progress=output.say)
+    output.show(kernels.Description(found), render_target)
+
+
 def main() -> None:
     """The entry point of ``ftc``."""
     sys.exit(run_command(ftc, sys.argv[1:]))
