@@ -84,6 +84,7 @@ def command(function: Callable[..., Any]) -> click.Command:
 @click.option("--calib", metavar="FILE|TEXT", help="What to probe and calibrate on: text, a text "
               "file, .npz or .safetensors; by default Python's documentation.")  # fmt: skip
 @click.option("--target", default="portable", show_default=True, help="The machine that runs it.")
+@click.option("--shapes", metavar="SIZES", help="Choose kernels for batch=1:8,sequence=1:128.")
 @click.option("--max-drift", type=float, metavar="X", help="Largest relative error accepted.")
 @click.option("--print-ir-after", multiple=True, metavar="PASS", help="Print the graph after "
               "a pass, or after all.")  # fmt: skip
@@ -104,7 +105,7 @@ def compile(
     from ftc.runtime import render
 
     if dry_run:
-        kept = {k: v for k, v in options.items() if k not in ("calib", "max_drift")}
+        kept = {k: v for k, v in options.items() if k not in ("calib", "max_drift", "shapes")}
         found = compiling.plan(model, progress=output.say, **kept)
         return output.show(found, render.render_plan)
     observer = _printer(print_ir_after) if print_ir_after else None

@@ -29,10 +29,10 @@ from torch import Tensor
 from ftc.graph.bundle import check_output, save_bundle
 from ftc.graph.cost import cost
 from ftc.graph.drift import compare, summarize
-from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Drift, Program
 from ftc.graph.signature import Signature
 from ftc.graph.sources import capture
+from ftc.graph.target import target as named_target
 from ftc.passes.base import Context, Effect
 from ftc.passes.context import Inputs
 from ftc.passes.ordering import order_text
@@ -42,6 +42,7 @@ from ftc.passes.registry import get
 from .bench import Latency, usual_shapes
 from .bench import compare as compare_latency
 from .engine import MODEL, OnnxEngine, TorchEngine, torch_threads
+from .kernels import resolve
 from .lower import decomposed, lower, save_onnx
 from .measure import machine
 from .memory import release
@@ -49,7 +50,6 @@ from .parity import check_parity
 from .probes import make_context
 from .report import ONNX, CompileReport, Plan, Step, original_step, pass_step
 
-TARGETS = ("portable",)
 REPORT = "report.json"
 _MEASURE_SECONDS, _MEASURE_MOST = 0.4, 2.5e9
 
@@ -92,6 +92,7 @@ def compile_model(
     task: str | None = None,
     calib: str | None = None,
     target: str = "portable",
+    shapes: str | None = None,
     max_drift: float | None = None,
     force: bool = False,
     trust: bool = False,
@@ -109,6 +110,7 @@ def compile_model(
         calib: text, a text file, or tensors (``.npz``, ``.safetensors``) to probe and
             calibrate on; by default Python's documentation.
         target: the machine that will run it.
+        shapes: the sizes it will meet, ``batch=1:8,sequence=1:128``, to choose kernels for.
         max_drift: largest relative drift of any pass and of the whole.
         force: replace a bundle that is there.
         trust: allow a ``.pt2``.
@@ -126,7 +128,8 @@ def compile_model(
     with run.phase("capture", f"capturing {source}"):
         held = [_captured(source, task, trust)]
         signature, notes = held[0].signature, held[0].notes
-        ctx = make_context(held[0], calib, target, max_drift, seed)
+        machine_of = resolve(target, progress=progress)
+        ctx = make_context(held[0], calib, machine_of, shapes, max_drift, seed)
         first = original_step(cost(held[0]), 0.0)
     with run.phase("passes", "running passes"):
         expected, told = ctx.outputs(held[0]), _Told(run, observer, held[0])
@@ -189,8 +192,7 @@ def plan(
 def _prepare(passes: str, out: str | Path, target: str, force: bool) -> Pipeline:
     """The pipeline, cleanup first, after everything that can be refused without work."""
     asked = Pipeline.parse(passes).passes
-    if target not in TARGETS:
-        raise UsageError(f"unknown target {target!r}", fix=nearest(target, TARGETS))
+    named_target(target)
     check_output(Path(out).expanduser().resolve(), force=force)
     cleanup = get("cleanup")
     return Pipeline(asked if asked and isinstance(asked[0], cleanup) else (cleanup(), *asked))

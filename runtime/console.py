@@ -117,12 +117,8 @@ def count(number: float | None) -> str:
     if number is None:
         return ""
     for size, prefix in _PREFIXES:
-        if number >= size:
-            return (
-                f"{number / size:.3g} {prefix}"
-                if number < 999.5 * size
-                else f"{number / size:.0f} {prefix}"
-            )
+        if number >= 0.9995 * size:  # what rounds up to 1,000 of the next smaller
+            return f"{_three(number / size)} {prefix}"
     return f"{number:g}"
 
 
@@ -133,10 +129,26 @@ def megabytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``1.2 s``, ``3.4 ms``, ``56 us``."""
+    """``1.2 s``, ``3.40 ms``, ``56.0 us``."""
+    size, unit = _unit(seconds)
+    return f"{_three(seconds / size)} {unit}"
+
+
+def spread(median: float, low: float, high: float) -> str:
+    """``3.40 ms (3.21–3.55)``: a median in seconds and its quartiles, in the median's unit."""
+    size, _ = _unit(median)
+    return f"{duration(median)} ({_three(low / size)}–{_three(high / size)})"
+
+
+def _unit(seconds: float) -> tuple[float, str]:
     if seconds >= 1:
-        return f"{seconds:.1f} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+        return 1.0, "s"
+    return (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
+
+
+def _three(number: float) -> str:
+    """Three digits: ``22.0``, ``235``, ``1.20``."""
+    return f"{number:#.3g}".rstrip(".") if number < 999.5 else f"{number:,.0f}"
 
 
 def small(number: float) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.sources.tokenizer import tokenizer
+from ftc.graph.target import Target
 from ftc.passes.context import Context, Inputs, random_probes
 
+from .shape_ranges import parse_ranges
 from .tensors import KINDS, read_tensors
 from .text import calibration, read_text, takes_text, text_probe
 
@@ -21,14 +23,16 @@ _RANDOM_SIZES = (3, 5, 7, 11)  # few tokens: every step of a pipeline is run on 
 
 
 def make_context(
-    program: Program, calib: str | None, target: str, max_drift: float | None, seed: int
-) -> Context:
+    program: Program, calib: str | None, target: Target, shapes: str | None,
+    max_drift: float | None, seed: int,
+) -> Context:  # fmt: skip
     """Probes and calibration data, from what the user gave or from Python's documentation.
 
     Raises:
-        UsageError: for calibration data that does not fit the program.
+        UsageError: for calibration data or shapes that do not fit the program.
     """
-    fixed: dict[str, Any] = {"target": target, "max_drift": max_drift, "seed": seed}
+    fixed: dict[str, Any] = {"target": target, "shapes": parse_ranges(shapes, program.signature),
+                             "max_drift": max_drift, "seed": seed}  # fmt: skip
     other = _random_probe(program, seed)
     if calib is not None and Path(calib).suffix in KINDS:
         given = read_tensors(Path(calib), program.signature)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 
-from .console import count, duration, format_sizes, megabytes, small, table
+from .console import count, duration, format_sizes, megabytes, small, spread, table
 
 if TYPE_CHECKING:
     from ftc.graph.program import Drift, PassRecord, Program
@@ -66,7 +65,13 @@ def _drift(step: Step) -> tuple[str, str]:
     if step.drift is None:
         return ("none" if step.effect else "", "")
     exact = step.effect == "exact"
-    return small(step.drift.relative), "" if exact else f"{step.drift.cosine_min:.4f}"
+    return small(step.drift.relative), "" if exact else _cosine(step.drift.cosine_min)
+
+
+def _cosine(cosine: float) -> str:
+    """Yellow where rows point elsewhere, red where they do so clearly."""
+    colour = next((c for bound, c in ((0.9, "red"), (0.98, "yellow")) if cosine < bound), "default")
+    return f"[{colour}]{cosine:.4f}[/]"
 
 
 def _total(drift: Drift | None, console: Console) -> None:
@@ -75,7 +80,7 @@ def _total(drift: Drift | None, console: Console) -> None:
         return
     console.print(
         f"result against original: relative error [bold]{small(drift.relative)}[/], "
-        f"cosine mean {drift.cosine_mean:.4f}, min {drift.cosine_min:.4f}"
+        f"cosine mean {drift.cosine_mean:.4f}, min {_cosine(drift.cosine_min)}"
     )
     console.print(f"[dim]drift was measured on {escape(drift.inputs)}[/]\n")
 
@@ -93,8 +98,7 @@ def _latencies(
 
 
 def _timing(timing: Timing) -> str:
-    low, high = timing.quartiles
-    return f"{duration(timing.median)} ({duration(low)} to {duration(high)})"
+    return spread(timing.median, *timing.quartiles)
 
 
 def _speed(speedup: float) -> str:
@@ -104,12 +108,12 @@ def _speed(speedup: float) -> str:
 
 
 def _notes(report: CompileReport, console: Console) -> None:
-    lines = [("capture", note) for note in report.notes]
-    lines += [(step.name, note) for step in report.steps for note in step.notes]
-    if lines:
+    lines = [("capture", report.notes), *((step.name, step.notes) for step in report.steps)]
+    if any(notes for _, notes in lines):
         console.print()
-    for name, note in lines:
-        console.print(Padding(f"[bold]{escape(name)}[/]: {escape(note)}", (0, 0, 0, 0)))
+    for name, notes in lines:
+        if notes:
+            console.print(f"[bold]{escape(name)}[/]: {escape('; '.join(notes))}")
 
 
 def _phases(report: CompileReport, console: Console) -> None:
@@ -206,7 +210,7 @@ def _history(history: Sequence[PassRecord]) -> object:
         made.add_row(
             escape(each.spec), str(each.modified), count(each.parameters), megabytes(each.bytes),
             "none" if drift is None else small(drift.relative),
-            "" if drift is None or each.effect == "exact" else f"{drift.cosine_min:.4f}",
+            "" if drift is None or each.effect == "exact" else _cosine(drift.cosine_min),
         )  # fmt: skip
     return made
 

@@ -148,6 +148,7 @@ def by_layer(program: Program, total: Cost) -> tuple[Row, ...]:
         Row(name, sum(c.bytes > 0 for c in costs), sum(c.parameters for c in costs),
             sum(c.bytes for c in costs), sum(c.operations for c in costs))
         for name, costs in table.items()
+        if any(c.bytes or c.operations for c in costs)
     )  # fmt: skip
 
 
