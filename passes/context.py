@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
+from ftc.graph.target import Target, target
 
 Inputs = Mapping[str, Tensor]
 _PROBE_SIZES = ((2, 7, 11, 17), (3, 13, 19, 5))
@@ -33,7 +34,8 @@ class Context:
         calibration: inputs that data-aware passes learn statistics from, or None.
         max_drift: largest relative drift that is accepted, or None.
         seed: of everything random.
-        target: name of the machine that will run the program.
+        target: the machine that will run the program.
+        shapes: sizes of the dynamic dimensions that it will meet; empty: not known.
     """
 
     probes: tuple[Inputs, ...] = ()
@@ -41,7 +43,8 @@ class Context:
     calibration: Sequence[Inputs] | None = None
     max_drift: float | None = None
     seed: int = 0
-    target: str = "portable"
+    target: Target = field(default_factory=lambda: target("portable"))
+    shapes: tuple[Mapping[str, int], ...] = ()
     _outputs: WeakKeyDictionary[fx.GraphModule, tuple[dict[str, Tensor], ...]] = field(
         default_factory=WeakKeyDictionary, repr=False, compare=False
     )

@@ -7,11 +7,18 @@ Weights are symmetric, one scale a row (output channel, or table row):
 
     s_i = max_j |W_ij| / q_max,    q_ij = round(W_ij / s_i)
 
-The defaults are those that are never silently wrong. ``q_max`` is 64 and not
-127, because a CPU with AVX2 but no VNNI adds pairs of products in 16 bits and
-saturates beyond that; every row of activations gets its own scale, because with
-one scale for all a single outlier row destroys a language model; and outlier
-channels are moved into the weights first (``smooth``), which costs nothing.
+The defaults are those that are never silently wrong. ``q_max`` of an integer
+product is 64 and not 127, because a CPU with AVX2 but no VNNI adds pairs of
+products in 16 bits and saturates beyond that; every row of activations gets its
+own scale, because with one scale for all a single outlier row destroys a language
+model; and outlier channels are moved into the weights first (``smooth``), which
+costs nothing.
+
+Where few rows are multiplied at once another kernel is faster: weights in groups
+of 32, activations quantized group by group (``blocked``); and a product may be so
+small that quantizing it does not pay (``float``). Which one a product gets is
+chosen for the target and the shapes that the user named
+(:mod:`ftc.passes.kernel_choice`).
 """
 
 from __future__ import annotations
@@ -23,12 +30,15 @@ import torch
 from torch import Tensor, fx
 
 from ftc.graph import quantized_ops  # noqa: F401  (registers torch.ops.ftc)
+from ftc.graph.errors import UsageError
 from ftc.graph.provenance import describe
 from ftc.graph.quantize import Scheme, choose_qparams, dequantize, quantize, relative_error
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
+from ftc.graph.target import Target
 
 from .base import Context, Effect, Pass
+from .kernel_choice import GROUP, KernelChoice
 
 aten, ops = torch.ops.aten, torch.ops.ftc
 
@@ -52,8 +62,12 @@ class Int8(Pass):
         activation: how a product's input is quantized at run time: ``row`` (each
             row by its own largest magnitude), ``tensor`` (one scale for all: faster,
             and ruined by outliers), ``none`` (weights only).
-        reduce_range: use only [-64, 64] of the weights' 8 bits, which is right on
-            machines without VNNI as well; false where the machine has it.
+        kernel: ``integer`` (a scale for each channel), ``blocked`` (for each 32 weights
+            of one), ``float`` (left as it is), or ``auto``: the fastest for the target
+            and the shapes.
+        reduce_range: use only [-64, 64] of the weights' 8 bits in integer products,
+            which is right on machines without VNNI as well; ``auto`` does so unless
+            the target has it.
         min_size: leave weights with fewer elements as they are.
     """
 
@@ -64,14 +78,25 @@ class Int8(Pass):
 
     select: str = "product | embedding"
     activation: Literal["row", "tensor", "none"] = "row"
-    reduce_range: bool = True
+    kernel: Literal["auto", "integer", "blocked", "float"] = "auto"
+    reduce_range: bool | Literal["auto"] = "auto"
     min_size: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.activation == "none" and self.kernel in ("integer", "blocked"):
+            raise UsageError(
+                f"int8{{activation=none,kernel={self.kernel}}}: that kernel quantizes activations",
+                fix="leave out one of the two",
+            )
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Quantizes every selected weight whose readers all have a quantized form."""
         errors: dict[str, float] = {}
         small: list[str] = []
         tensors = dict(rw.program.tensors())
+        kernels = KernelChoice(rw.program, ctx, None if self.kernel == "auto" else self.kernel)
+        plain = self.activation == "none"
+        narrow = not ctx.target.wide if self.reduce_range == "auto" else self.reduce_range
         for name in sorted(select(self.select, rw.program)):
             weight = tensors.get(name)  # None: it is quantized already
             if weight is None or weight.dim() < 2 or not weight.is_floating_point():
@@ -82,12 +107,21 @@ class Int8(Pass):
             elif weight.numel() < self.min_size:
                 small.append(name)
             else:
-                errors[name] = self._quantize(rw, name, weight.detach(), readers)
+                kernel = "integer" if plain else kernels(name, weight, readers)
+                if kernel == "float":
+                    continue
+                scheme = _scheme(kernel, narrow and not plain, readers)
+                errors[name] = self._quantize(rw, name, weight.detach(), readers, scheme)
+        for note in kernels.notes():
+            rw.note(note)
+        if "integer" in kernels.used and not plain:
+            rw.note(_range_note(ctx.target, narrow))
         self._say(rw, errors, small)
 
-    def _quantize(self, rw: Rewriter, name: str, weight: Tensor, readers: list[fx.Node]) -> float:
+    def _quantize(
+        self, rw: Rewriter, name: str, weight: Tensor, readers: list[fx.Node], scheme: Scheme
+    ) -> float:
         """Replaces one weight and all its readers; returns the weight's relative error."""
-        scheme = Scheme(reduce_range=self.reduce_range)
         scale, zero_point = choose_qparams(weight, scheme)
         codes = quantize(weight, scale, zero_point, scheme)
         error = relative_error(weight, dequantize(codes, scale, zero_point))
@@ -96,12 +130,15 @@ class Int8(Pass):
         scales = rw.add_buffer(f"{name}.scale", scale)
         for reader in readers:
             with rw.at(reader):
-                rw.replace(reader, self._quantized_form(rw, reader, data, scales))
+                rw.replace(
+                    reader, self._quantized_form(rw, reader, data, scales, scheme.group_size)
+                )
         return error
 
     def _quantized_form(
-        self, rw: Rewriter, reader: fx.Node, data: fx.Node, scale: fx.Node
+        self, rw: Rewriter, reader: fx.Node, data: fx.Node, scale: fx.Node, group: int
     ) -> fx.Node:
+        how = (8, group)
         if reader.target is aten.linear.default:
             bias = reader.args[2] if len(reader.args) > 2 else None
             return rw.call(
@@ -111,13 +148,12 @@ class Int8(Pass):
                 scale,
                 None,
                 bias,
-                8,
-                0,
-                self.activation,
+                *how,
+                "block" if group else self.activation,
             )
         if reader.target is aten.embedding.default:
-            return rw.call(ops.quantized_embedding.default, data, scale, None, reader.args[1], 8, 0)
-        weight = rw.call(ops.dequantize.default, data, scale, None, 8, 0)
+            return rw.call(ops.quantized_embedding.default, data, scale, None, reader.args[1], *how)
+        weight = rw.call(ops.dequantize.default, data, scale, None, *how)
         args = list(reader.args)
         args[_WEIGHT_ARGUMENT[reader.target]] = weight
         assert callable(reader.target)
@@ -130,15 +166,26 @@ class Int8(Pass):
                 f"quantized {len(errors)} weights; the largest relative error is "
                 f"{errors[worst]:.2%}, of {worst}"
             )
-        if errors and self.reduce_range:
-            rw.note(
-                "weights use [-64, 64], which no machine saturates; "
-                "reduce_range=false is finer where the machine has VNNI"
-            )
-        if errors and not self.reduce_range:
-            rw.note("weights use [-127, 127]: wrong on machines with AVX2 and no VNNI")
         if small:
             rw.note(f"left {len(small)} weights of fewer than {self.min_size} elements as they are")
+
+
+def _scheme(kernel: str, narrow: bool, readers: list[fx.Node]) -> Scheme:
+    """8 bits; of an integer product 7 if ``narrow``: a table and a convolution compute in float."""
+    if kernel == "blocked":
+        return Scheme(group_size=GROUP)
+    integer = any(reader.target is aten.linear.default for reader in readers)
+    return Scheme(reduce_range=narrow and integer)
+
+
+def _range_note(target: Target, narrow: bool) -> str:
+    if narrow:
+        return (
+            "integer products use [-64, 64] of a weight's bits, which no machine saturates; "
+            "--target native uses all where the machine has VNNI"
+        )
+    wrong = "integer products use [-127, 127]: wrong on machines with AVX2 and no VNNI"
+    return wrong if target.wide else f"{wrong}, which target {target.name} allows for"
 
 
 def _unsupported(readers: list[fx.Node], weight: fx.Node) -> fx.Node | None:

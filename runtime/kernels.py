@@ -94,10 +94,10 @@ def measure_table(
         products = {kernel: one_product(kernel, inputs, outputs) for kernel in KERNELS}
         for count in rows:
             x = rng.standard_normal((count, inputs)).astype(np.float32)
-            runs = {kernel: partial(run, x) for kernel, run in products.items()}
+            runs = {str(kernel): partial(run, x) for kernel, run in products.items()}
             for kernel, timing in interleaved(runs, seconds=seconds, least=5).items():
                 times.setdefault((kernel, count), []).append((inputs * outputs, timing.median))
-    points = {
+    points: dict[str, tuple[Point, ...]] = {
         kernel: tuple(Point(count, *line(times[kernel, count])) for count in sorted(rows))
         for kernel in KERNELS
     }

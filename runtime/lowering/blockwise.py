@@ -1,9 +1,10 @@
-"""Weights of 4 bits in groups, as onnxruntime's blocked operators take them.
+"""Weights of 4 or 8 bits in groups, as onnxruntime's blocked operators take them.
 
 A product is ``com.microsoft::MatMulNBits``, a table lookup ``GatherBlockQuantized``.
-Both read the bytes that the program holds (two codes a byte, the low nibble
-first, codes moved by 8 so that they are 0 to 15): as ``[out, groups, group / 2]``
-the one, as ``[rows, dim / 2]`` the other, so a tied table is in the file once.
+Both read the same bytes, which at 4 bits are those that the program holds (two
+codes a byte, the low nibble first, codes moved by 8 so that they are 0 to 15), and
+at 8 bits its codes moved by 128: as ``[out, groups, group / 2]``
+the one, as ``[rows, dim / 2]`` the other (8 bits: no half), so a tied table is in the file once.
 Accuracy level 4 is the kernel that multiplies integers: it rounds each group of
 the activations to 255 steps, which is ``activation="block"`` of
 ``ftc::quantized_linear``. With ``"none"`` the activations stay in float.
@@ -21,6 +22,7 @@ from ftc.graph.quantize import pack
 from .emitter import Emitter
 
 _DOMAIN = "com.microsoft"
+_MOVED = "ftc.unsigned"
 _LEVEL = {"none": 0, "block": 4}
 
 
@@ -31,27 +33,30 @@ def has_kernel(group_size: int, activation: str = "none") -> bool:
 
 def block_linear(
     e: Emitter, x: Value, data: Value, scale: Value, zero_point: Value | None,
-    bias: Value | None, group_size: int, activation: str,
+    bias: Value | None, bits: int, group_size: int, activation: str,
 ) -> Value:  # fmt: skip
-    """``x W^T + b`` for packed ``data`` ``[out, in / 2]``."""
-    rows, half = e.dims(data)
-    blocks = e.reshape(data, [rows, 2 * half // group_size, group_size // 2])
+    """``x W^T + b`` for ``data`` ``[out, in]``, packed to ``[out, in / 2]`` at 4 bits."""
+    data = _bytes(data, e, bits)
+    rows, width = e.dims(data)
+    each = group_size * bits // 8
+    blocks = e.reshape(data, [rows, width // each, each])
     return e.op(
-        "MatMulNBits", x, blocks, e.cast(scale, e.dtype(x)), _nibbles(e, zero_point), None, bias,
-        domain=_DOMAIN, dims=e.sizes.dims(e.out), K=2 * half, N=rows, bits=4,
+        "MatMulNBits", x, blocks, e.cast(scale, e.dtype(x)), _points(e, zero_point, bits), None,
+        bias, domain=_DOMAIN, dims=e.sizes.dims(e.out), K=width * 8 // bits, N=rows, bits=bits,
         block_size=group_size, accuracy_level=_LEVEL[activation],
     )  # fmt: skip
 
 
 def block_rows(
     e: Emitter, data: Value, scale: Value, zero_point: Value | None, indices: Value,
-    group_size: int,
+    bits: int, group_size: int,
 ) -> Value:  # fmt: skip
-    """Rows of a packed table ``[rows, dim / 2]``."""
+    """Rows of a table ``[rows, dim]``, packed to ``[rows, dim / 2]`` at 4 bits."""
     dtype = torch.float32
     return e.op(
-        "GatherBlockQuantized", data, indices, e.cast(scale, dtype), _nibbles(e, zero_point),
-        domain=_DOMAIN, dtype=dtype, dims=e.sizes.dims(e.out), bits=4, block_size=group_size,
+        "GatherBlockQuantized", _bytes(data, e, bits), indices, e.cast(scale, dtype),
+        _points(e, zero_point, bits),
+        domain=_DOMAIN, dtype=dtype, dims=e.sizes.dims(e.out), bits=bits, block_size=group_size,
         gather_axis=0, quantize_axis=1,
     )  # fmt: skip
 
@@ -65,10 +70,29 @@ def nibbles(e: Emitter, data: Value) -> Value:
     return e.reshape(pair, [*dims[:-1], dims[-1] * 2])
 
 
-def _nibbles(e: Emitter, zero_point: Value | None) -> Value | None:
-    """Zero points ``[out, groups]`` packed along the groups; a last odd one is beside an 8."""
+def _bytes(data: Value, e: Emitter, bits: int) -> Value:
+    """The bytes of codes: at 8 bits moved by 128, one new constant for all readers of a weight."""
+    if bits == 4:
+        return data
+    if _MOVED not in data.meta:
+        held = data.const_value
+        assert held is not None and data.name is not None, "codes are constants"
+        data.meta[_MOVED] = e.weight(data.name, _unsigned(held.raw))  # type: ignore[attr-defined]
+    moved: Value = data.meta[_MOVED]
+    return moved
+
+
+def _unsigned(codes: torch.Tensor) -> torch.Tensor:
+    """``codes + 128`` of int8, as uint8."""
+    return codes.contiguous().view(torch.uint8) ^ 128
+
+
+def _points(e: Emitter, zero_point: Value | None, bits: int) -> Value | None:
+    """Zero points ``[out, groups]``, at 4 bits packed; a last odd one is beside an 8."""
     if zero_point is None:
         return None
+    if bits == 8:
+        return _bytes(zero_point, e, bits)
     held = zero_point.const_value
     assert held is not None, "zero points are constants"
     points = held.raw  # type: ignore[attr-defined]

@@ -54,8 +54,8 @@ def quantized_embedding(
     e: Emitter, data: Value, scale: Value, zero_point: Value | None, indices: Value, bits: int,
     group_size: int,
 ) -> Value:  # fmt: skip
-    if bits == 4 and has_kernel(group_size):
-        return block_rows(e, data, scale, zero_point, indices, group_size)
+    if has_kernel(group_size):
+        return block_rows(e, data, scale, zero_point, indices, bits, group_size)
     dtype, dims = torch.float32, e.sizes.dims(e.out)
     data, zero_point = _plain(e, data, zero_point, bits)
     scale = e.cast(scale, dtype)
@@ -79,8 +79,8 @@ def quantized_linear(
     e: Emitter, x: Value, data: Value, scale: Value, zero_point: Value | None,
     bias: Value | None, bits: int, group_size: int, activation: str,
 ) -> Value:  # fmt: skip
-    if bits == 4 and has_kernel(group_size, activation):
-        return block_linear(e, x, data, scale, zero_point, bias, group_size, activation)
+    if has_kernel(group_size, activation) and (bits == 4 or activation == "block"):
+        return block_linear(e, x, data, scale, zero_point, bias, bits, group_size, activation)
     data, zero_point = _plain(e, data, zero_point, bits)
     peak = None
     if activation in ("none", "block"):
