@@ -148,7 +148,39 @@ def build_module(tensors: Mapping[str, Tensor], graph: fx.Graph) -> fx.GraphModu
     root = nn.Module()
     for name, tensor in tensors.items():
         attach(root, name, tensor)
-    return fx.GraphModule(root, graph, class_name="Program")
+    return LazyModule(root, graph, class_name="Program")
+
+
+class LazyModule(fx.GraphModule):
+    """A graph module that is compiled when it first runs.
+
+    A pipeline clones a program for every pass, and most clones are rewritten
+    before they run: compiling them then too is half the cost of a clone.
+    """
+
+    def recompile(self) -> Any:
+        """Forgets the compiled code; the next call compiles the graph as it is then."""
+        self.__dict__.pop("_code", None)
+        own = type(self)  # torch.fx makes a class for every graph module
+        for name in ("forward", "__call__"):
+            if name in vars(own):
+                delattr(own, name)
+
+    def forward(self, *args: Any) -> Any:
+        """Compiles the graph, then runs it."""
+        super().recompile()
+        return type(self).forward(self, *args)
+
+    @property
+    def code(self) -> str:
+        """The Python code of the graph."""
+        if "_code" not in self.__dict__:
+            super().recompile()
+        return super().code
+
+    def __str__(self) -> str:
+        _ = self.code  # what is printed
+        return super().__str__()
 
 
 def attach(root: nn.Module, name: str, tensor: Tensor) -> None:

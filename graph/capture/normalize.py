@@ -64,7 +64,6 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
             tensors[str(node.target)] = _own(_lookup(module, str(node.target)))
     result = build_module(tensors, graph)
     set_mode(result, training=False)
-    result.recompile()
     return result
 
 

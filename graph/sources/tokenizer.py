@@ -7,6 +7,7 @@ Nothing is read before text is asked for.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def tokenizer(source: Program | Path | None) -> Any:
     if place is None:
         return None
     if place.is_file():
-        return _from_gguf(place)
+        return _from_gguf(place, place.stat().st_mtime_ns)
     if not any((place / name).is_file() for name in _VOCABULARIES):
         return None
     from transformers import AutoTokenizer
@@ -69,7 +70,9 @@ def tokenizer(source: Program | Path | None) -> Any:
         return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
 
 
-def _from_gguf(path: Path) -> Any:
+@functools.lru_cache(maxsize=1)
+def _from_gguf(path: Path, changed: int) -> Any:
+    """The tokenizer in a GGUF file; probing and saving both ask, and it takes a second to build."""
     if VOCABULARY not in read_header(path).fields:
         return None
     from transformers import PreTrainedTokenizerFast
