@@ -32,6 +32,7 @@ from .lowering import Emitter, Unsupported
 from .lowering.decompose import decompose
 from .lowering.file import save_onnx
 from .lowering.finish import alive, fold_views
+from .lowering.rotary import find_rotary
 from .lowering.table import STORAGE_ARGUMENTS, translation
 
 __all__ = ["IR_VERSION", "OPSET", "decomposed", "lower", "save_onnx"]
@@ -77,6 +78,7 @@ class _Lowering:
         self.program = program
         self.emitter = Emitter(program)
         self.decomposed: dict[str, None] = {}
+        self.wholes = find_rotary(program)
 
     def run(self) -> ir.Model:
         env: dict[fx.Node, Any] = {}
@@ -112,7 +114,10 @@ class _Lowering:
         if e.node is None:
             e.node = node
         try:
-            result = self._translate(node, args, kwargs)
+            if (whole := self.wholes.get(node)) is not None:
+                result = whole.lower(e, *(env[part] for part in whole.inputs))
+            else:
+                result = self._translate(node, args, kwargs)
         finally:
             e.node, e.out = outer
         return self._conform(node, result, out)

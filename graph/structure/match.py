@@ -12,10 +12,9 @@ A pattern is an expression that mirrors the code it finds::
     else:
         found["x"], found["eps"], found.nodes
 
-Matching backtracks over alternatives and both orders of a commutative operator.
-Of all ways that failed, the one that got furthest is the :class:`Miss`. A name
-captured twice must be the same value both times. The idea of a miss with a
-reason is onnxscript's.
+Matching backtracks over alternatives and both orders of a commutative operator. Of
+all ways that failed, the one that got furthest is the :class:`Miss`, an idea of
+onnxscript's. A name captured twice must be the same value both times.
 """
 
 from __future__ import annotations
@@ -180,6 +179,16 @@ class _Op(Pattern):
 
 
 @dataclass(frozen=True, slots=True)
+class _Listed(Pattern):
+    items: tuple[Pattern, ...]
+
+    def solve(self, value: Any, state: Match, trace: _Trace) -> Iterator[Match]:
+        if not isinstance(value, (list, tuple)) or len(value) != len(self.items):
+            return trace.fail(state, value, f"{_text(value)} is no list of {len(self.items)}")
+        yield from _solve_all([*zip(self.items, value, strict=True)], state, trace)
+
+
+@dataclass(frozen=True, slots=True)
 class _Either(Pattern):
     choices: tuple[Pattern, ...]
 
@@ -252,6 +261,11 @@ def commutative(targets: str | tuple[str, ...], a: Pattern, b: Pattern) -> Patte
 def skipping(targets: str | tuple[str, ...], inner: Pattern) -> Pattern:
     """``inner`` under any number (or none) of calls of ``targets``, through first arguments."""
     return _Skipping(_names(targets), inner)
+
+
+def listed(*items: Pattern) -> Pattern:
+    """A list argument with these elements."""
+    return _Listed(items)
 
 
 def sole(inner: Pattern) -> Pattern:

@@ -21,7 +21,7 @@ from .table import Unsupported, lowers
 
 aten = torch.ops.aten
 
-_HEADS_FIRST = [0, 2, 1, 3]
+HEADS_FIRST = [0, 2, 1, 3]
 _NEARLY_LOWEST = -1e38
 
 
@@ -43,30 +43,30 @@ def attention(
     key, value = _shared(e, key, value)
     mask = None if attn_mask is None else _mask(e, attn_mask, e.dims(query)[2], e.dims(key)[2])
     how = {"scale": float(scale), "is_causal": int(is_causal)}
-    merged = [_merged(e, x) for x in (query, key, value)]
-    if all(m is not None for m in merged):
-        return _of_merged(e, merged, mask, query, key, value, how)
+    joined = [merged(e, x) for x in (query, key, value)]
+    if all(m is not None for m in joined):
+        return _of_merged(e, joined, mask, query, key, value, how)
     return e.op("Attention", query, key, value, mask, **how)
 
 
 def _of_merged(
-    e: Emitter, merged: list[Any], mask: Value | None, query: Value, key: Value, value: Value,
+    e: Emitter, joined: list[Any], mask: Value | None, query: Value, key: Value, value: Value,
     how: dict[str, Any],
 ) -> Value:  # fmt: skip
     """Attention on ``[batch, length, heads * dim]``; the result's heads are split."""
     batch, heads, length, _ = e.dims(query)
     depth = e.dims(value)[3]
-    y = e.op("Attention", *merged, mask, q_num_heads=heads, kv_num_heads=e.dims(key)[1],
+    y = e.op("Attention", *joined, mask, q_num_heads=heads, kv_num_heads=e.dims(key)[1],
              dims=(batch, length, heads * depth), **how)  # fmt: skip
-    return e.transpose(e.reshape(y, [batch, length, heads, depth]), _HEADS_FIRST)
+    return e.transpose(e.reshape(y, [batch, length, heads, depth]), HEADS_FIRST)
 
 
-def _merged(e: Emitter, x: Value) -> Value | None:
+def merged(e: Emitter, x: Value) -> Value | None:
     """``[batch, length, heads * dim]`` when ``x`` is that with its heads split off."""
     maker = x.producer()
     if maker is None or maker.op_type != "Transpose":
         return None
-    if list(maker.attributes["perm"].as_ints()) != _HEADS_FIRST:
+    if list(maker.attributes["perm"].as_ints()) != HEADS_FIRST:
         return None
     batch, heads, length, depth = e.dims(x)
     if not isinstance(heads, int) or not isinstance(depth, int):
