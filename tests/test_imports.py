@@ -63,5 +63,5 @@ def test_the_root_holds_no_other_module():
 
 
 def test_relative_and_nested_imports_are_seen():
-    names = set(_imports(ROOT / "graph" / "structure.py"))
+    names = set(_imports(ROOT / "graph" / "structure" / "structure.py"))
     assert {"ftc.graph.structure.flow", "ftc.graph.structure.flow.Flow"} <= names

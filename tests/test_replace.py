@@ -84,7 +84,7 @@ def failing_at(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     wrap(replace_folder, "_flush_entry")
     wrap(replace_folder, "_exchange")
     wrap(Path, "write_text")
-    wrap(sys.modules["ftc.graph.bundle"], "write_tensors")
+    wrap(sys.modules["ftc.graph.bundle.bundle"], "write_tensors")
 
 
 @pytest.mark.parametrize("count", range(7))
