@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from ftc.graph.provenance import provenance
 
-from .sizes import Dims, Sizes
+from .sizes import Dims, Sizes, free_form
 from .table import Unsupported
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class Emitter:
             return value
         if 0 in dims:
             return self.op("Reshape", value, self.sizes.shape_value(dims), allowzero=1, dims=dims)
-        target = self.sizes.shape_value(_free_form(self._dims.get(value, ()), dims))
+        target = self.sizes.shape_value(free_form(self._dims.get(value, ()), dims))
         return self.op("Reshape", value, target, dims=dims)
 
     def transpose(self, value: Value, perm: Sequence[int]) -> Value:
@@ -288,16 +288,3 @@ def constant_array(value: Value) -> np.ndarray | None:
     if held is None or math.prod(held.shape.numpy()) > 64:
         return None
     return held.numpy()
-
-
-def _free_form(before: Dims, after: Dims) -> list[Any]:
-    """``after`` with 0 for a size kept in place and -1 for the one that is hardest to compute."""
-    form: list[Any] = [
-        0 if not isinstance(d, int) and i < len(before) and before[i] == d else d
-        for i, d in enumerate(after)
-    ]
-    unknown = [i for i, d in enumerate(form) if not isinstance(d, int)]
-    if unknown:
-        hardest = max(unknown, key=lambda i: (form[i].count_ops(), i))
-        form[hardest] = -1
-    return form

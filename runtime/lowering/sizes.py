@@ -154,3 +154,16 @@ def _solve(form: sympy.Expr, name: sympy.Symbol) -> dict[sympy.Expr, sympy.Expr]
     symbols = list(form.free_symbols)
     roots = sympy.solve(form - name, symbols[0]) if len(symbols) == 1 else []
     return {symbols[0]: roots[0]} if len(roots) == 1 else {}
+
+
+def free_form(before: Dims, after: Dims) -> list[Any]:
+    """``after`` with 0 for a size kept in place and -1 for the one that is hardest to compute."""
+    form: list[Any] = [
+        0 if not isinstance(d, int) and i < len(before) and before[i] == d else d
+        for i, d in enumerate(after)
+    ]
+    unknown = [i for i, d in enumerate(form) if not isinstance(d, int)]
+    if unknown:
+        hardest = max(unknown, key=lambda i: (form[i].count_ops(), i))
+        form[hardest] = -1
+    return form
