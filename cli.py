@@ -273,8 +273,8 @@ def passes(output: Output, name: str | None) -> None:
     from ftc.passes import registry
     from ftc.runtime import render
 
-    names = (name,) if name else registry.names()
-    found = [registry.describe(registry.get(each)) for each in names]
+    passes = (registry.get(name),) if name else registry.loadable()
+    found = [registry.describe(each) for each in passes]
     if output.json:
         return output.data([asdict(each) for each in found])
     if name:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from .base import Pass
 from .text import format_value, option_types, type_text
 
 GROUP = "ftc.passes"
+_log = logging.getLogger(__name__)
 P = TypeVar("P", bound=type[Pass])
 _registered: dict[str, type[Pass]] = {}
 _NAMED = re.compile(r'^    name: ClassVar\[str\] = "([^"]+)"', re.MULTILINE)
@@ -123,7 +125,19 @@ def describe(cls: type[Pass]) -> Description:
 
 def providers(fact: str) -> tuple[type[Pass], ...]:
     """Every known pass that provides ``fact``."""
-    return tuple(cls for cls in map(get, names()) if fact in cls.provides)
+    return tuple(cls for cls in loadable() if fact in cls.provides)
+
+
+def loadable() -> Iterator[type[Pass]]:
+    """Every known pass, sorted by name; a package's pass that cannot be loaded is warned of.
+
+    A broken package stops those who name its pass, and nobody else.
+    """
+    for name in names():
+        try:
+            yield get(name)
+        except UsageError as error:
+            _log.warning("%s", error)
 
 
 @cache

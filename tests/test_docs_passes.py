@@ -83,3 +83,11 @@ def test_a_broken_package_is_named(package):
     with pytest.raises(FtcError, match="cannot be loaded") as caught:
         registry.get("fold-scales")
     assert "fold_scales:FoldScales" in caught.value.where
+
+
+def test_a_broken_package_stops_nobody_else(package, caplog):
+    (package / "fold_scales.py").write_text("raise ImportError('half installed')\n")
+    assert "cleanup" in [cls.name for cls in registry.loadable()]
+    assert "half installed" in caplog.text
+    with pytest.raises(FtcError, match="half installed"):
+        registry.get("fold-scales")
