@@ -105,7 +105,7 @@ def quantized_linear(
         seen = block_round(x, group_size) if activation == "block" else x
         return torch.nn.functional.linear(seen, weight, bias)
     peak = row_peak(x) if activation == "row" else None
-    codes, step = dynamic_quantize(x if peak is None else x / peak)
+    codes, step = dynamic_quantize(x if peak is None else x * peak.reciprocal())
     if group_size == 0 and zero_point is None and bits == 8:
         y = torch.nn.functional.linear(codes, data.to(codes.dtype)) * (step * scale[:, 0])
     else:

@@ -39,6 +39,7 @@ from ftc.passes.ordering import order_text
 from ftc.passes.pipeline import Observer, Pipeline
 from ftc.passes.registry import get
 
+from .assigned import assigned
 from .bench import Latency, usual_shapes
 from .bench import compare as compare_latency
 from .engine import MODEL, OnnxEngine, TorchEngine, torch_threads
@@ -154,7 +155,7 @@ def compile_model(
             str(source), str(out), result.signature.task,
             ",".join(record.spec for record in done.records), steps, total, latencies,
             (label, engine.label), signature.sizes(), machine(), (*notes, *lowering_notes),
-            run.phases,
+            run.phases, assigned(result, ctx.target, ctx.shapes),
         ))  # fmt: skip
 
     def write_report(path: Path) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,7 +98,7 @@ def measure_table(
             for kernel, timing in interleaved(runs, seconds=seconds, least=5).items():
                 times.setdefault((kernel, count), []).append((inputs * outputs, timing.median))
     points: dict[str, tuple[Point, ...]] = {
-        kernel: tuple(Point(count, *line(times[kernel, count])) for count in sorted(rows))
+        kernel: growing(Point(count, *line(times[kernel, count])) for count in sorted(rows))
         for kernel in KERNELS
     }
     return CostTable(f"measured on {processor()}, onnxruntime {_version()}, 1 thread", True, points)
@@ -118,6 +118,15 @@ def line(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
     if fixed <= 0:
         return 0.0, float(1 / np.mean(size / time))
     return float(fixed), float(slope)
+
+
+def growing(points: Iterable[Point]) -> tuple[Point, ...]:
+    """Points whose costs never fall with the rows, as a few noisy medians may."""
+    made: list[Point] = []
+    for point in points:
+        last = made[-1] if made else point
+        made.append(Point(point.rows, max(point.fixed, last.fixed), max(point.slope, last.slope)))
+    return tuple(made)
 
 
 def remember(table: CostTable, folder: Path | None = None) -> Path:

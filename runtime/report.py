@@ -15,6 +15,7 @@ from typing import Any
 from ftc.graph.cost import Cost
 from ftc.graph.program import Drift, PassRecord
 
+from .assigned import Assigned
 from .bench import Latency
 
 ORIGINAL, ONNX = "original", "onnx"
@@ -60,6 +61,7 @@ class CompileReport:
         machine: processor, instruction sets, versions.
         notes: what capture and lowering decided.
         phases: wall and processor seconds by phase.
+        products: the kernel of each product of the result, and what it gains on the target.
     """
 
     source: str
@@ -74,6 +76,7 @@ class CompileReport:
     machine: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     phases: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    products: tuple[Assigned, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; bytes, seconds, multiply-adds."""
@@ -84,7 +87,7 @@ class CompileReport:
             "latencies": [each.to_dict() for each in self.latencies],
             "engines": {"original": self.engines[0], "result": self.engines[1]},
             "sizes": dict(self.sizes), "machine": dict(self.machine),
-            "notes": list(self.notes),
+            "notes": list(self.notes), "products": [asdict(each) for each in self.products],
             "phases": {n: {"wall": w, "cpu": c} for n, (w, c) in self.phases.items()},
         }  # fmt: skip
 

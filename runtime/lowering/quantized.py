@@ -2,7 +2,7 @@
 
 With the activation quantized by row, ``m`` the largest magnitude of each row:
 
-    q, a, z = DynamicQuantizeLinear(x / m)
+    q, a, z = DynamicQuantizeLinear(x * (1 / m))
     y = m * (Cast(MatMulInteger(q, W, z)) * (a * s)) + b
 
 ``DynamicQuantizeLinear`` to the last product in the parenthesis are one kernel
@@ -89,7 +89,7 @@ def quantized_linear(
     else:
         if activation == "row":
             peak = _row_peak(e, x)
-            x = e.op("Div", x, peak)
+            x = e.op("Mul", x, e.op("Reciprocal", peak))
         y = _integer_product(e, x, data, scale, zero_point, group_size)
     if peak is not None:
         y = e.op("Mul", y, peak)
