@@ -105,7 +105,7 @@ def dequantize(data: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes in [-8, 7], int8 ``[..., 2 n]``, as uint8 ``[..., n]``: the even ones in low nibbles."""
+    """Codes in [-8, 7], int8 ``[..., 2 n]``, as uint8 ``[..., n]``: even ones in low nibbles."""
     assert codes.shape[-1] % 2 == 0, f"{codes.shape} has an odd number of codes a row"
     nibbles = (codes + 8).to(torch.uint8)
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4

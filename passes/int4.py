@@ -1,26 +1,44 @@
-"""Int4: weights of 4 bits in groups that share a scale.
+"""Int4: weights of 4 bits in groups that share a step, as close to float as 4 bits allow.
 
 A product ``y = x W^T + b`` becomes ``ftc::quantized_linear`` at 4 bits (see
 :mod:`ftc.graph.quantized_ops`), a table lookup ``ftc::quantized_embedding``; a
-tied embedding and head stay one table.
+tied embedding and head stay one table. onnxruntime multiplies by the codes
+themselves (``MatMulNBits``), with each group of the activations on 255 steps.
+
+How the weights are rounded is in :mod:`ftc.passes.rounding`: weights that come
+from a 4-bit file keep their codes, all others are rounded one after another so
+that errors cancel on the calibration data. A weight that keeps its grid may need
+zero points that are not whole; what is left of them multiplies sums of groups of
+the input, which are appended to it:
+
+    x' = [x, sum of group 1, ..., sum of group n, 0, ..., 0]
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ftc.graph import quantized_ops  # noqa: F401  (registers torch.ops.ftc)
-from ftc.graph.quantize import Scheme, choose_qparams, pack, quantize
+from ftc.graph.errors import UsageError
+from ftc.graph.provenance import describe
+from ftc.graph.quantize import Scheme, pack
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
+from ftc.graph.shapes import value
 
 from .base import Context, Effect, Pass
+from .int8 import Int8
+from .rounding import Rounded, Rounding, kept, to_nearest
 
 aten, ops = torch.ops.aten, torch.ops.ftc
+
+_GROUPS = (16, 32, 64, 128, 256)
+_WEIGHT_ARGUMENT: dict[object, int] = {aten.linear.default: 1, aten.embedding.default: 0}
 
 
 @dataclass(frozen=True)
@@ -30,9 +48,17 @@ class Int4(Pass):
     Options:
         select: which weights, a selector.
         group_size: how many weights of a row share a scale: 16, 32, 64, 128 or 256.
-        symmetric: no zero points.
+        symmetric: no zero points: a little smaller, and less precise.
+        method: ``gptq`` rounds so that errors cancel on the calibration data, ``rtn``
+            to the nearest code.
+        keep: leave weights that are on a 4-bit grid already on it.
         activation: how a product's input is quantized at run time: ``block`` (each
-            group of a row by its own largest magnitude) or ``none``.
+            group of a row by its own largest magnitude; several times faster) or
+            ``none``.
+        max_error: largest relative error of a product's output on the calibration
+            data; weights beyond it are left to the fallback.
+        fallback: what becomes of weights that 4 bits do not suit: ``int8``, or
+            ``none`` to leave them in float.
         min_size: leave weights with fewer elements as they are.
     """
 
@@ -44,45 +70,164 @@ class Int4(Pass):
     select: str = "product | embedding"
     group_size: int = 32
     symmetric: bool = False
+    method: Literal["gptq", "rtn"] = "gptq"
+    keep: bool = True
     activation: Literal["block", "none"] = "block"
+    max_error: float | None = None
+    fallback: Literal["none", "int8"] = "none"
     min_size: int = 2048
 
+    def __post_init__(self) -> None:
+        if self.group_size not in _GROUPS:
+            raise UsageError(
+                f"int4{{group_size={self.group_size}}}: groups are 16, 32, 64, 128 or 256 weights",
+                fix="int4{group_size=32}",
+            )
+        if self.max_error is not None and (self.max_error <= 0 or self.method != "gptq"):
+            raise UsageError(
+                f"int4{{max_error={self.max_error}}}: an error above 0, which only gptq measures",
+                fix="int4{max_error=0.1,fallback=int8}",
+            )
+
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
+        """Rounds every selected weight whose readers all have a quantized form."""
+        readers, unfit = self._chosen(rw)
+        rounded = self._rounded(rw, ctx, readers)
+        for name in [n for n, each in rounded.items() if self._is_too_far(each)]:
+            del rounded[name]
+            unfit.append(name)
+        sums = _GroupSums(rw, self.group_size)
+        for name, each in rounded.items():
+            self._replace(rw, name, readers[name], each, sums)
+        self._say(rw, rounded, unfit)
+        if unfit and self.fallback == "int8":
+            Int8(select=" | ".join(unfit), min_size=self.min_size).rewrite(rw, ctx)
+
+    def _chosen(self, rw: Rewriter) -> tuple[dict[str, list[fx.Node]], list[str]]:
+        """Readers of each weight to round; names of those that 4 bits in groups do not fit."""
+        readers: dict[str, list[fx.Node]] = {}
+        unfit: list[str] = []
         tensors = dict(rw.program.tensors())
         for name in sorted(select(self.select, rw.program)):
-            weight = tensors.get(name)
-            if weight is None or weight.dim() != 2 or weight.numel() < self.min_size:
+            weight = tensors.get(name)  # None: it is quantized already
+            if weight is None or not weight.is_floating_point() or weight.numel() < self.min_size:
                 continue
-            if weight.shape[1] % self.group_size:
-                continue
-            readers = list(rw.get_attr(name).users)
-            self._quantize(rw, name, weight.detach(), readers)
+            node = rw.get_attr(name)
+            if (other := _unsupported(node)) is not None:
+                rw.note(f"left {name}: {other.target} reads it too ({describe(other)})")
+                unfit.append(name)
+            elif weight.shape[1] % self.group_size:
+                unfit.append(name)
+            else:
+                readers[name] = list(node.users)
+        return readers, unfit
 
-    def _quantize(self, rw: Rewriter, name: str, weight: Tensor, readers: list[fx.Node]) -> None:
+    def _rounded(
+        self, rw: Rewriter, ctx: Context, readers: Mapping[str, list[fx.Node]]
+    ) -> dict[str, Rounded]:
         scheme = Scheme(4, self.group_size, self.symmetric)
-        scale, zero = choose_qparams(weight, scheme)
-        codes = quantize(weight, scale, zero, scheme)
+        done = kept(rw.program, readers, scheme) if self.keep else {}
+        left = {name: nodes for name, nodes in readers.items() if name not in done}
+        if self.method == "rtn":
+            tensors = {name: rw.program.tensor(name).detach() for name in left}
+            return done | {name: to_nearest(weight, scheme) for name, weight in tensors.items()}
+        data = ctx.calibration or ctx.probes_for(rw.program)
+        return done | Rounding(rw.program, data, scheme)(left)
+
+    def _is_too_far(self, rounded: Rounded) -> bool:
+        error = rounded.error or 0.0
+        return self.max_error is not None and error > self.max_error
+
+    def _replace(
+        self, rw: Rewriter, name: str, readers: list[fx.Node], rounded: Rounded, sums: _GroupSums
+    ) -> None:
+        """Replaces one weight and all its readers."""
+        coded = rounded.coded
         rw.remove_tensor(name)
-        parts = [
-            rw.add_buffer(f"{name}.quantized", pack(codes)),
-            rw.add_buffer(f"{name}.scale", scale),
-        ]
-        parts.append(None if zero is None else rw.add_buffer(f"{name}.zero_point", zero))
+        data = rw.add_buffer(f"{name}.quantized", pack(coded.codes))
+        scale = rw.add_buffer(f"{name}.scale", coded.scale)
+        zero = None
+        if coded.zero_point is not None:
+            zero = rw.add_buffer(f"{name}.zero_point", coded.zero_point)
+        how = (4, self.group_size)
         for reader in readers:
+            x, bias = reader.args[0], reader.args[2] if len(reader.args) > 2 else None
+            if rounded.extra:
+                x = sums.extended(reader, rounded.extra)
+            if rounded.bias is not None and isinstance(bias, fx.Node):
+                rw.set_tensor(str(bias.target), rounded.bias)
             with rw.at(reader):
                 if reader.target is aten.linear.default:
-                    bias = reader.args[2] if len(reader.args) > 2 else None
-                    new = rw.call(
-                        ops.quantized_linear.default,
-                        reader.args[0],
-                        *parts,
-                        bias,
-                        4,
-                        self.group_size,
-                        self.activation,
-                    )
+                    new = rw.call(ops.quantized_linear.default, x, data, scale, zero, bias,
+                                  *how, self.activation)  # fmt: skip
                 else:
-                    new = rw.call(
-                        ops.quantized_embedding.default, *parts, reader.args[1], 4, self.group_size
-                    )
-                rw.replace(reader, new)
+                    new = rw.call(ops.quantized_embedding.default, data, scale, zero,
+                                  reader.args[1], *how)  # fmt: skip
+                    new = _as_dtype(rw, new, value(reader).dtype)
+            rw.replace(reader, new)
+
+    def _say(self, rw: Rewriter, rounded: Mapping[str, Rounded], unfit: list[str]) -> None:
+        same = [each for each in rounded.values() if each.error == 0.0]
+        if same:
+            count = sum(each.coded.codes.numel() for each in same)
+            extra = sum(each.extra > 0 for each in same)
+            rw.note(
+                f"kept the codes of {len(same)} weights ({count:,} elements) that were on a 4-bit "
+                f"grid already" + (f", {extra} with columns for their zero points" if extra else "")
+            )
+        errors = {n: e.error for n, e in rounded.items() if e.error}
+        if errors:
+            worst = max(errors, key=errors.__getitem__)
+            rw.note(
+                f"rounded {len(rounded) - len(same)} weights; the largest relative error of an "
+                f"output on the calibration data is {errors[worst]:.2%}, of {worst}"
+            )
+        elif len(rounded) > len(same):
+            rw.note(f"rounded {len(rounded) - len(same)} weights to the nearest code")
+        if unfit:
+            what = "quantized to 8 bits" if self.fallback == "int8" else "left in float"
+            rw.note(f"{what}, since 4 bits do not suit them: {_listed(unfit)}")
+
+
+class _GroupSums:
+    """Inputs with the sums of their groups behind them, one for all products of an input."""
+
+    def __init__(self, rw: Rewriter, group_size: int) -> None:
+        self._rw, self._size = rw, group_size
+        self._made: dict[tuple[fx.Node, int], fx.Node] = {}
+
+    def extended(self, product: fx.Node, extra: int) -> fx.Node:
+        """The input of ``product`` with ``extra`` columns more."""
+        x = product.args[0]
+        assert isinstance(x, fx.Node)
+        if (x, extra) not in self._made:
+            call, count = self._rw.call, value(x).shape[-1] // self._size
+            with self._rw.after(x):
+                groups = call(aten.unflatten.int, x, -1, [count, self._size])
+                parts = [x, call(aten.sum.dim_IntList, groups, [-1])]
+                if extra > count:
+                    unused = call(aten.slice.Tensor, x, -1, 0, extra - count)
+                    parts.append(call(aten.zeros_like.default, unused))
+                self._made[x, extra] = call(aten.cat.default, parts, -1)
+        return self._made[x, extra]
+
+
+def _as_dtype(rw: Rewriter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if value(node).dtype == dtype:
+        return node
+    return rw.call(aten.to.dtype, node, dtype)
+
+
+def _unsupported(weight: fx.Node) -> fx.Node | None:
+    """The first reader that has no form at 4 bits."""
+    for reader in weight.users:
+        position = _WEIGHT_ARGUMENT.get(reader.target)
+        places = [i for i, argument in enumerate(reader.args) if argument is weight]
+        if position is None or places != [position]:
+            return reader
+    return None
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

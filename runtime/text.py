@@ -8,6 +8,7 @@ the right, so that the mask matters.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from ftc.passes.context import Inputs
 
 IDS, TYPES = "input_ids", "token_type_ids"
 PROBE_TOKENS = (20, 13)
-CALIBRATION_ROWS, CALIBRATION_TOKENS = 3, 64
+CALIBRATION = ((3, 64), *((8, 32),) * 12)
+"""Rows and tokens of each entry of the calibration data. The first is for passes that want
+extremes and look at no other; the rest, short as most texts are, for second moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +184,16 @@ def text_probe(program: Program, text: Text, found: Any) -> dict[str, Tensor]:
 
 
 def calibration(program: Program, text: Text, found: Any) -> tuple[Inputs, ...]:
-    """Rows of real text for passes that learn statistics, four at a time."""
-    tokens = _filled(
-        found, program.signature, text.paragraphs, CALIBRATION_TOKENS, CALIBRATION_ROWS
-    )
-    shortest = min(map(len, tokens))
-    return tuple(pad([row[:shortest] for row in tokens[i : i + 4]], program.signature, found)
-                 for i in range(0, len(tokens), 4))  # fmt: skip
+    """Rows of real text for passes that learn statistics: :data:`CALIBRATION`, one entry each."""
+    made: list[Inputs] = []
+    for length in dict.fromkeys(length for _, length in CALIBRATION):
+        counts = [count for count, each in CALIBRATION if each == length]
+        left = iter(_filled(found, program.signature, text.paragraphs, length, sum(counts)))
+        for count in counts:
+            if some := list(itertools.islice(left, count)):
+                shortest = min(map(len, some))
+                made.append(pad([row[:shortest] for row in some], program.signature, found))
+    return tuple(made)
 
 
 def _filled(

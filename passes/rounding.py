@@ -1,0 +1,184 @@
+"""How each weight of a program is rounded to 4 bits, given calibration data.
+
+Three kinds of weights, in this order:
+
+- those on a 4-bit grid already keep it (:mod:`ftc.graph.grids`);
+- tables, and whatever several nodes read, are rounded for the Gram matrix of all
+  their products' inputs in the float program (a tied table for the head's); a
+  table without a product, to nearest;
+- each other product when the run of the program comes to it, for the inputs that
+  the weights rounded so far give it, and towards the float outputs
+  (:mod:`ftc.graph.gptq`). Where it has a bias the mean error goes there, and the
+  weight is rounded for the deviations from the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ftc.graph.coded import Coded
+from ftc.graph.gptq import compensate, output_error
+from ftc.graph.gram import grams
+from ftc.graph.grids import keep_grid
+from ftc.graph.program import Program
+from ftc.graph.quantize import Scheme, choose_qparams, quantize
+from ftc.graph.side_by_side import side_by_side
+
+aten = torch.ops.aten
+Readers = Mapping[str, Sequence[fx.Node]]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """One weight in codes.
+
+    Attributes:
+        coded: the codes, with ``extra`` columns more than the weight has.
+        extra: columns that multiply sums of the input's groups.
+        bias: the product's new bias; None: the one it has.
+        error: of the outputs on the calibration data, relative; None: not known.
+    """
+
+    coded: Coded
+    extra: int = 0
+    bias: Tensor | None = None
+    error: float | None = None
+
+
+def to_nearest(weight: Tensor, scheme: Scheme) -> Rounded:
+    """Least to greatest value of each group, every weight to the nearest code."""
+    scale, zero = choose_qparams(weight, scheme)
+    return Rounded(Coded(quantize(weight, scale, zero, scheme), scale, zero))
+
+
+def kept(program: Program, readers: Readers, scheme: Scheme) -> dict[str, Rounded]:
+    """Those weights that are on a 4-bit grid already; a table only where no remainder is left."""
+    found = {}
+    for name, nodes in readers.items():
+        grid = keep_grid(program.tensor(name), scheme)
+        if grid and (not grid.extra or all(n.target is aten.linear.default for n in nodes)):
+            found[name] = Rounded(grid.coded, grid.extra, error=0.0)
+    return found
+
+
+class Rounding:
+    """Rounds weights for their inputs on calibration data.
+
+    Args:
+        program: canonical, in float.
+        data: calibration inputs.
+        scheme: 4 bits.
+    """
+
+    def __init__(
+        self, program: Program, data: Sequence[Mapping[str, Tensor]], scheme: Scheme
+    ) -> None:
+        self._program, self._data, self._scheme = program, data, scheme
+
+    def __call__(self, readers: Readers) -> dict[str, Rounded]:
+        """Every weight of ``readers`` in codes; a weight's readers are products or lookups."""
+        alone = {
+            nodes[0]: name
+            for name, nodes in readers.items()
+            if len(nodes) == 1 and nodes[0].target is aten.linear.default
+        }
+        made = self._shared({n: r for n, r in readers.items() if n not in alone.values()})
+        visit = _Visit(self._program, self._scheme, alone)
+        if alone:
+            changed = {name: each.coded.weight() for name, each in made.items()}
+            side_by_side(self._program, self._data, list(alone), visit, changed)
+        return made | visit.made
+
+    def _shared(self, readers: Readers) -> dict[str, Rounded]:
+        inputs = {name: _inputs(nodes) for name, nodes in readers.items()}
+        watched = [x for each in inputs.values() for x in each]
+        found = grams(self._program, self._data, watched) if watched else {}
+        made = {}
+        for name, each in inputs.items():
+            weight = self._program.tensor(name).detach()
+            if not each:
+                made[name] = to_nearest(weight, self._scheme)
+                continue
+            gram = torch.stack([found[x] for x in each]).mean(0)
+            coded = compensate(weight, gram, self._scheme)
+            made[name] = Rounded(coded, error=output_error(weight, coded.weight(), gram))
+        return made
+
+
+def _inputs(readers: Sequence[fx.Node]) -> list[fx.Node]:
+    """Inputs of the products among ``readers``."""
+    found = [node.args[0] for node in readers if node.target is aten.linear.default]
+    return [x for x in found if isinstance(x, fx.Node)]
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Of a product's inputs, float ``x`` and quantized ``x'``: means ``[in]``, second moments."""
+
+    mean: Tensor
+    other_mean: Tensor
+    gram: Tensor
+    cross: Tensor
+
+    @classmethod
+    def of(cls, x: list[Tensor], other: list[Tensor], *, centred: bool) -> _Moments:
+        rows = torch.cat([each.flatten(0, -2) for each in x]).float()
+        same = all(a is b for a, b in zip(x, other, strict=True))
+        others = rows if same else torch.cat([each.flatten(0, -2) for each in other]).float()
+        mean, other_mean = rows.mean(0), others.mean(0)
+        if centred:
+            rows, others = rows - mean, others - other_mean
+        gram = others.T @ others / len(rows)
+        return cls(mean, other_mean, gram, gram if same else rows.T @ others / len(rows))
+
+
+class _Visit:
+    """Rounds the weight of each product that :func:`side_by_side` comes to."""
+
+    def __init__(self, program: Program, scheme: Scheme, names: Mapping[fx.Node, str]) -> None:
+        self._program, self._scheme, self._names = program, scheme, names
+        self._last: tuple[fx.Node, bool, _Moments] | None = None
+        self.made: dict[str, Rounded] = {}
+
+    def __call__(
+        self, node: fx.Node, x: list[Tensor], other: list[Tensor]
+    ) -> Mapping[fx.Node, Tensor]:
+        name, reader = self._names[node], node.args[1]
+        weight = self._program.tensor(name).detach()
+        bias = _own_bias(node)
+        moments = self._moments(node, x, other, centred=bias is not None)
+        coded = compensate(weight, moments.gram, self._scheme, cross=moments.cross)
+        restored = coded.weight()
+        error = output_error(weight, restored, moments.gram)
+        assert isinstance(reader, fx.Node)
+        used = {reader: restored.to(weight.dtype)}
+        if bias is None:
+            self.made[name] = Rounded(coded, error=error)
+            return used
+        before = self._program.tensor(str(bias.target)).detach()
+        lost = moments.mean @ weight.float().T - moments.other_mean @ restored.T
+        after = (before + lost).to(before.dtype)
+        self.made[name] = Rounded(coded, bias=after, error=error)
+        return used | {bias: after}
+
+    def _moments(
+        self, node: fx.Node, x: list[Tensor], other: list[Tensor], *, centred: bool
+    ) -> _Moments:
+        """Products with one input come one after another, mostly: the last moments are kept."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if self._last is None or self._last[:2] != (source, centred):
+            self._last = (source, centred, _Moments.of(x, other, centred=centred))
+        return self._last[2]
+
+
+def _own_bias(product: fx.Node) -> fx.Node | None:
+    """The bias of a product, where nothing else reads it."""
+    bias = product.args[2] if len(product.args) > 2 else None
+    if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1:
+        return bias
+    return None
