@@ -29,6 +29,8 @@ task_option = click.option("--task", metavar="TASK", help="What to capture for; 
                            "the model's folder says.")  # fmt: skip
 trust_option = click.option("--trust", is_flag=True, help="Allow a .pt2 archive: loading one runs "
                             "code of its author's.")  # fmt: skip
+dialect_option = click.option("--dialect", default="onnxruntime", help="Operators of the file.",
+                              type=click.Choice(["onnxruntime", "standard"]))  # fmt: skip
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
 
 
@@ -85,6 +87,7 @@ def command(function: Callable[..., Any]) -> click.Command:
               "file, .npz or .safetensors; by default Python's documentation.")  # fmt: skip
 @click.option("--target", default="portable", show_default=True, help="The machine that runs it.")
 @click.option("--shapes", metavar="SIZES", help="Choose kernels for batch=1:8,sequence=1:128.")
+@dialect_option
 @click.option("--max-drift", type=float, metavar="X", help="Largest relative error accepted.")
 @click.option("--print-ir-after", multiple=True, metavar="PASS", help="Print the graph after "
               "a pass, or after all.")  # fmt: skip
@@ -105,7 +108,7 @@ def compile(
     from ftc.runtime import render
 
     if dry_run:
-        kept = {k: v for k, v in options.items() if k not in ("calib", "max_drift", "shapes")}
+        kept = {k: options[k] for k in ("passes", "out", "task", "target", "force", "trust")}
         found = compiling.plan(model, progress=output.say, **kept)
         return output.show(found, render.render_plan)
     observer = _printer(print_ir_after) if print_ir_after else None
@@ -188,13 +191,9 @@ def run(
     opened = open_engine(out, engine)
     if tensors is not None:
         return output.show(answer.answer_tensors(opened, Path(tensors)), answer.render_answer)
-    write = _nothing if output.json else output.write
+    write = (lambda _: None) if output.json else output.write
     said = answer.answer_text(opened, texts, most=most, write=write)
     return output.show(said, answer.render_answer)
-
-
-def _nothing(_: str) -> None:
-    pass
 
 
 @command
@@ -254,6 +253,7 @@ def bench(output: Output, out: str, **options: Any) -> None:
 @command
 @click.argument("program")
 @click.option("-o", "--out", required=True, metavar="FILE|DIR")
+@dialect_option
 @task_option
 @force_option
 @trust_option
@@ -290,8 +290,8 @@ def target(output: Output, name: str, measure: bool) -> None:
     from ftc.runtime import kernels
     from ftc.runtime.render_target import render_target
 
-    found = kernels.resolve(name, measure=measure, progress=output.say)
-    output.show(kernels.Description(found), render_target)
+    found = kernels.Description(kernels.resolve(name, measure=measure, progress=output.say))
+    output.show(found, render_target)
 
 
 def main() -> None:

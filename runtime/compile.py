@@ -44,7 +44,7 @@ from .bench import Latency, usual_shapes
 from .bench import compare as compare_latency
 from .engine import MODEL, OnnxEngine, TorchEngine, torch_threads
 from .kernels import resolve
-from .lower import decomposed, lower, save_onnx
+from .lower import Dialect, decomposed, lower, save_onnx
 from .measure import machine
 from .memory import collected_by_hand, release
 from .parity import check_parity
@@ -95,6 +95,7 @@ def compile_model(
     calib: str | None = None,
     target: str = "portable",
     shapes: str | None = None,
+    dialect: Dialect = "onnxruntime",
     max_drift: float | None = None,
     force: bool = False,
     trust: bool = False,
@@ -113,6 +114,7 @@ def compile_model(
             calibrate on; by default Python's documentation.
         target: the machine that will run it.
         shapes: the sizes it will meet, ``batch=1:8,sequence=1:128``, to choose kernels for.
+        dialect: ``standard`` for an ONNX file of standard operators only.
         max_drift: largest relative drift of any pass and of the whole.
         force: replace a bundle that is there.
         trust: allow a ``.pt2``.
@@ -141,7 +143,7 @@ def compile_model(
     made: list[CompileReport] = []
 
     def write_onnx(path: Path) -> None:
-        lowered, lowering_notes = _lower(result, path, run)
+        lowered, lowering_notes = _lower(result, path, run, dialect)
         engine = OnnxEngine(result, path, threads=1)
         release()  # what onnxruntime needed only to load
         with run.phase("parity", "comparing onnxruntime with the graph"):
@@ -233,11 +235,13 @@ class _Told(Observer):
         self._inner.failed(given, before, error)
 
 
-def _lower(result: Program, path: Path, run: _Run) -> tuple[float, tuple[str, ...]]:
+def _lower(
+    result: Program, path: Path, run: _Run, dialect: Dialect
+) -> tuple[float, tuple[str, ...]]:
     """Writes the ONNX file; its seconds, and which operators had to be decomposed."""
     start = time.perf_counter()
     with run.phase("lower", "lowering to ONNX"):
-        model = lower(result)
+        model = lower(result, dialect)
         save_onnx(model, path)
     names = decomposed(model)
     notes = (f"lowered through their decomposition: {', '.join(names)}",) if names else ()

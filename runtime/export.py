@@ -15,7 +15,7 @@ from ftc.graph.sources import capture
 from ftc.passes.context import Context
 
 from .engine import MODEL, OnnxEngine
-from .lower import decomposed, lower, save_onnx
+from .lower import Dialect, decomposed, lower, save_onnx
 from .parity import check_parity
 
 
@@ -41,6 +41,7 @@ def export(
     force: bool = False,
     task: str | None = None,
     trust: bool = False,
+    dialect: Dialect = "onnxruntime",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Export:
     """Lowers a program again and writes the ONNX file, once onnxruntime has agreed with the graph.
@@ -50,6 +51,7 @@ def export(
         out: a file ``NAME.onnx``, or a folder that gets ``model.onnx``.
         force: replace a file that is there.
         task, trust: as for capture.
+        dialect: ``standard`` for standard operators only.
         progress: told what runs.
 
     Raises:
@@ -67,7 +69,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}.") as scratch:
         path = Path(scratch) / target.name
         progress("lowering to ONNX")
-        model = lower(program)
+        model = lower(program, dialect)
         save_onnx(model, path)
         progress("comparing onnxruntime with the graph")
         ctx = Context.for_program(program)

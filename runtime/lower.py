@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
@@ -39,17 +39,20 @@ __all__ = ["IR_VERSION", "OPSET", "decomposed", "lower", "save_onnx"]
 
 OPSET = 23
 IR_VERSION = 11
+Dialect = Literal["onnxruntime", "standard"]
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _log = logging.getLogger("ftc.lower")
 
 
-def lower(program: Program) -> ir.Model:
+def lower(program: Program, dialect: Dialect = "onnxruntime") -> ir.Model:
     """The ONNX model of ``program``.
 
     Args:
         program: in eval mode; one without fake values (just loaded) gets them on
             a clone. Weights are shared, so it must not change until the model is saved.
+        dialect: ``standard`` emits operators of ONNX itself only, for other runtimes;
+            ``onnxruntime`` also those of onnxruntime that are faster.
 
     Returns:
         A model whose inputs and outputs are named and shaped as the signature
@@ -62,7 +65,7 @@ def lower(program: Program) -> ir.Model:
     if shapes.fake_mode(program.graph) is None:
         program = program.clone()
         shapes.propagate(program.module, program.signature)
-    return _Lowering(program).run()
+    return _Lowering(program, dialect == "standard").run()
 
 
 def decomposed(model: ir.Model) -> tuple[str, ...]:
@@ -74,9 +77,9 @@ def decomposed(model: ir.Model) -> tuple[str, ...]:
 class _Lowering:
     """The walk over one program."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, standard: bool) -> None:
         self.program = program
-        self.emitter = Emitter(program)
+        self.emitter = Emitter(program, standard)
         self.decomposed: dict[str, None] = {}
         self.wholes = find_rotary(program)
 

@@ -142,6 +142,17 @@ def test_blocks_are_closer_than_channels(tied: Program) -> None:
     assert errors["blocked"] < errors["integer"]
 
 
+@pytest.mark.parametrize("spec", ["int8{kernel=blocked,min_size=1}", "int4{min_size=1}"])
+def test_the_standard_dialect_computes_the_same(tied: Program, spec: str) -> None:
+    program, _ = compiled(tied, spec)
+    files = [lower(program, dialect) for dialect in ("onnxruntime", "standard")]
+    domains = [{node.domain for node in file.graph} for file in files]
+    assert domains == [{"", "com.microsoft"}, {""}]
+    probe = program.signature.probe(seed=1)
+    fast, plain = (next(iter(OnnxSession(file)(probe).values())) for file in files)
+    assert torch.allclose(fast, plain, atol=1e-4)
+
+
 def test_a_tied_table_in_blocks_is_stored_once(tied: Program) -> None:
     program, _ = compiled(tied, "int8{kernel=blocked,min_size=1}")
     held = sum(t.numel() * t.element_size() for _, t in program.tensors())

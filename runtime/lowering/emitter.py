@@ -46,9 +46,11 @@ class Emitter:
         nodes: emitted nodes, in order.
         initializers: weights and constants, in order.
         sizes: symbolic sizes (:class:`~ftc.runtime.lowering.sizes.Sizes`).
+        standard: whether only operators of ONNX itself may be emitted.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, standard: bool = False) -> None:
+        self.standard = standard
         self.node: fx.Node | None = None
         self.out: Any = None
         self.nodes: list[ir.Node] = []

@@ -54,7 +54,7 @@ def quantized_embedding(
     e: Emitter, data: Value, scale: Value, zero_point: Value | None, indices: Value, bits: int,
     group_size: int,
 ) -> Value:  # fmt: skip
-    if has_kernel(group_size):
+    if not e.standard and has_kernel(group_size):
         return block_rows(e, data, scale, zero_point, indices, bits, group_size)
     dtype, dims = torch.float32, e.sizes.dims(e.out)
     data, zero_point = _plain(e, data, zero_point, bits)
@@ -79,7 +79,8 @@ def quantized_linear(
     e: Emitter, x: Value, data: Value, scale: Value, zero_point: Value | None,
     bias: Value | None, bits: int, group_size: int, activation: str,
 ) -> Value:  # fmt: skip
-    if has_kernel(group_size, activation) and (bits == 4 or activation == "block"):
+    fused = not e.standard and has_kernel(group_size, activation)
+    if fused and (bits == 4 or activation == "block"):
         return block_linear(e, x, data, scale, zero_point, bias, bits, group_size, activation)
     data, zero_point = _plain(e, data, zero_point, bits)
     peak = None
