@@ -54,8 +54,9 @@ _RESHAPING = _TRANSPARENT | {
     aten.slice.Tensor,
     aten.clone.default,
 }
-_FLOOR = 1e-5  # a channel that is never used has no maximum to share
-_ENTRIES = 1  # of the data: maxima need few rows
+_FLOOR = 0.1  # of the mean maximum: a channel that the data never used may be used tomorrow
+_TINY = 1e-5  # a column of zeros needs no scale
+_ENTRIES = 1  # of the calibration data: maxima need few rows
 _EVEN = 0.01  # scales within 1 % of each other are not worth a rewrite
 
 
@@ -212,7 +213,8 @@ def _peaks(rw: Rewriter, groups: list[Group], ctx: Context) -> dict[fx.Node, Ten
 
         return update
 
-    data = (ctx.calibration or ctx.probes_for(rw.program))[:_ENTRIES]
+    calibration = (ctx.calibration or ())[:_ENTRIES]
+    data = calibration or ctx.probes_for(rw.program)
     observe(rw.program, data, {group.x: watch(group.x) for group in groups})
     return peaks
 
@@ -224,7 +226,8 @@ def _scale(rw: Rewriter, group: Group, peak: Tensor, alpha: float) -> bool:
     weight = columns.amax(0)
     if group.repeat is not None:
         peak, weight = _shared(peak, group.repeat), _shared(weight, group.repeat)
-    scale = peak.clamp_min(_FLOOR) ** alpha / weight.clamp_min(_FLOOR) ** (1 - alpha)
+    peak = peak.clamp_min(max(_FLOOR * float(peak.mean()), _TINY))
+    scale = peak**alpha / weight.clamp_min(_TINY) ** (1 - alpha)
     scale = scale / scale.log().mean().exp()
     if bool((scale.log().abs() < _EVEN).all()):
         return False

@@ -88,6 +88,23 @@ def test_int8_gains_from_it() -> None:
     assert error(with_smooth) < 0.5 * error(without)
 
 
+def test_a_channel_the_data_never_used_is_not_bet_on() -> None:
+    """The first channel of a ReLU is asleep on the probes, and awake later."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0] = 0.0, -0.1
+        model[0].weight[0, 0] = 1.0
+    program = capture_module(model, {"input": torch.randn(4, 32)})
+    asleep = {"input": torch.randn(8, 32).clamp(max=0.0)}
+    context = Context(probes=(asleep,), probe_source="one channel asleep")
+    small = Pipeline.parse("int8{min_size=1}").run(program, context).program
+    awake = {"input": torch.randn(8, 32).abs()}
+    with torch.no_grad():
+        want, got = program(awake)["output"], small(awake)["output"]
+    assert (got - want).norm() < 0.05 * want.norm()
+
+
 def test_alpha_out_of_range_is_refused() -> None:
     with pytest.raises(UsageError, match="alpha lies in"):
         Smooth(alpha=1.5)

@@ -111,7 +111,8 @@ def test_pickle_files_are_refused_by_name(tmp_path: Path, suffix: str) -> None:
 
 
 def test_missing_folder_names_its_neighbour(bert: Path) -> None:
-    refused(lambda: capture(bert.with_name("brt0")), "brt0", bert.name)
+    typo = bert.name.replace("e", "", 1)
+    refused(lambda: capture(bert.with_name(typo)), typo, bert.name)
 
 
 def test_no_network_without_a_hub_id(
