@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from ftc.cli import ftc
 from ftc.passes import registry
+from ftc.runtime import commands
 from ftc.runtime.tensors import read_tensors
 
 from .conftest import Command, Ran
@@ -55,8 +57,15 @@ def test_help_answers_at_once() -> None:
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.perf_counter() - begin < 2  # 0.1 s where nothing else runs
-    for name in ("compile", "inspect", "run", "eval", "bench", "export", "passes"):
-        assert f"  {name} " in done.stdout
+    listed = [line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line]
+    assert listed == list(commands.NAMES)
+
+
+def test_every_file_of_commands_is_a_command() -> None:
+    files = {p.stem for p in Path(commands.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "options"} == set(commands.NAMES)
+    for name in commands.NAMES:
+        assert ftc.get_command(None, name).name == name  # type: ignore[arg-type, union-attr]
 
 
 def test_compile_reports_every_step(bundle: Path, masked: Path, command: Command) -> None:
