@@ -57,7 +57,9 @@ def test_help_answers_at_once() -> None:
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.perf_counter() - begin < 2  # 0.1 s where nothing else runs
-    listed = [line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line]
+    listed = [
+        line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line
+    ]
     assert listed == list(commands.NAMES)
 
 
