@@ -9,18 +9,27 @@ low rank: anything that is a pass with a selector can be asked about.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ftc.graph.cost import cost
-from ftc.graph.errors import UsageError
+from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Program
 from ftc.graph.select import select
+from ftc.graph.target import target
 from ftc.passes.base import Context, Pass
 from ftc.passes.pipeline import Pipeline
 
+from .console import duration
+from .probes import make_context
+
+_PASSES = {"8": "int8", "4": "int4{method=rtn}"}
+"""What ``--bits`` means. Rounding to nearest, because calibrating each weight takes minutes."""
 _LAYERS_SHOWN = 60
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +47,97 @@ class Sensitivity:
     spec: str
     drift: float
     saved: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivities:
+    """What ``ftc inspect --sensitivity`` found.
+
+    Attributes:
+        source: the program, as the user named it.
+        inputs: what drift was measured on, in words.
+        found: one entry for each weight and pass, the largest drift first.
+    """
+
+    source: str
+    inputs: str
+    found: tuple[Sensitivity, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def passes_for(bits: str) -> tuple[Pass, ...]:
+    """The passes that ``8,4`` asks about, in that order.
+
+    Raises:
+        UsageError: for bits that no pass quantizes to.
+    """
+    wanted = [each.strip() for each in bits.split(",")]
+    for each in wanted:
+        if each not in _PASSES:
+            raise UsageError(f"no pass quantizes to {each!r} bits", fix=nearest(each, _PASSES))
+    return Pipeline.parse(",".join(_PASSES[each] for each in dict.fromkeys(wanted))).passes
+
+
+def inspect_sensitivity(
+    program: Program,
+    source: str,
+    passes: Sequence[Pass],
+    *,
+    selector: str | None = None,
+    calib: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Sensitivities:
+    """The sensitivity of a program's weights, on text where it takes text.
+
+    Args:
+        program: not changed.
+        source: the program, as the user named it.
+        passes: see :func:`passes_for`.
+        selector: which weights to ask about; by default all that a pass quantizes.
+        calib: what to measure drift on, as for ``ftc compile``.
+        progress: told how many runs are done and how long the rest takes.
+
+    Raises:
+        UsageError: for a selector that matches nothing, calibration data that does not
+            fit, or when no pass changes any of these weights.
+    """
+    weights = select(selector, program) if selector else None
+    ctx = make_context(program, calib, target("portable"), None, None, 0)
+    begin = time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        left = (time.monotonic() - begin) / done * (total - done) if done else None
+        rest = f", {duration(left)} left" if left else ""
+        progress(f"sensitivity: {done} of {total} runs{rest}")
+
+    found = measure_sensitivity(program, passes, ctx, weights=weights, progress=told)
+    if not found:
+        why = "quantized already" if "quantized" in program.facts else "too small, or not read so"
+        raise UsageError(
+            f"no pass changes any of these weights: they are {why}",
+            where=f"{source}: {', '.join(each.spec for each in passes)}",
+            fix="ask about the model that this was compiled from"
+            if "quantized" in program.facts
+            else "ftc inspect MODEL --select SELECTOR shows what a selector means",
+        )
+    worst_first = sorted(found, key=lambda each: -each.drift)
+    return Sensitivities(source, ctx.probe_source, tuple(worst_first))
+
+
+def check_picture(path: Path) -> None:
+    """Refuses a picture that could not be written, before the time to measure it is spent.
+
+    Raises:
+        UsageError: for another kind of file, a missing folder, or without matplotlib.
+    """
+    if path.suffix not in _PICTURES:
+        raise UsageError(f"{path} is no picture", fix=f"name it .{_PICTURES[0][1:]}")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent}", fix=f"mkdir -p {path.parent}")
+    _figure()
 
 
 def measure_sensitivity(
@@ -89,13 +189,10 @@ def draw(found: Sequence[Sensitivity], path: Path) -> None:
 
     Raises:
         UsageError: without matplotlib.
+        OSError: when the disk is full; an old picture stays.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("pictures need matplotlib", fix="pip install 'ftc[pictures]'") from None
     specs = list(dict.fromkeys(each.spec for each in found))
-    figure = Figure(figsize=(10, 3.2 * max(1, len(specs))), layout="constrained")
+    figure = _figure()(figsize=(10, 3.2 * max(1, len(specs))), layout="constrained")
     for axis, spec in zip(figure.subplots(len(specs), squeeze=False)[:, 0], specs, strict=True):
         rows = sorted((s for s in found if s.spec == spec), key=lambda s: -s.drift)
         rows = rows[:_LAYERS_SHOWN]
@@ -104,7 +201,21 @@ def draw(found: Sequence[Sensitivity], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_ylabel("drift of the output")
         axis.set_title(f"{spec}, one weight at a time", fontsize=9)
-    figure.savefig(path, dpi=150)
+    draft = path.with_name(f".{path.stem}.ftc{path.suffix}")
+    try:
+        figure.savefig(draft, dpi=150)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _figure() -> Any:
+    """matplotlib's class of figures."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("pictures need matplotlib", fix="pip install 'ftc[pictures]'") from None
+    return Figure
 
 
 def _base(program: Program, each: Pass, ctx: Context) -> Program:
