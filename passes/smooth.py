@@ -208,7 +208,7 @@ def _peaks(rw: Rewriter, groups: list[Group], ctx: Context) -> dict[fx.Node, Ten
 
     def watch(node: fx.Node) -> Callable[[Tensor], None]:
         def update(x: Tensor) -> None:
-            peak = x.abs().flatten(0, -2).amax(0)
+            peak = _peak(x.flatten(0, -2))
             peaks[node] = torch.maximum(peaks[node], peak) if node in peaks else peak
 
         return update
@@ -222,7 +222,7 @@ def _peaks(rw: Rewriter, groups: list[Group], ctx: Context) -> dict[fx.Node, Ten
 def _scale(rw: Rewriter, group: Group, peak: Tensor, alpha: float) -> bool:
     """Scales one group; returns whether it was uneven enough to matter."""
     program = rw.program
-    columns = torch.stack([program.tensor(w).detach().abs().amax(0) for w in group.weights])
+    columns = torch.stack([_peak(program.tensor(w).detach()) for w in group.weights])
     weight = columns.amax(0)
     if group.repeat is not None:
         peak, weight = _shared(peak, group.repeat), _shared(weight, group.repeat)
@@ -250,3 +250,8 @@ def _spread(narrow: Tensor, repeat: tuple[int, int, int]) -> Tensor:
     """The inverse of :func:`_shared`: one scale for every head of a group."""
     heads, kv_heads, dim = repeat
     return narrow.view(kv_heads, 1, dim).expand(kv_heads, heads // kv_heads, dim).flatten()
+
+
+def _peak(matrix: Tensor) -> Tensor:
+    """Largest magnitude of each column, without a copy of the matrix."""
+    return torch.maximum(matrix.amax(0), -matrix.amin(0))

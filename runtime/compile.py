@@ -46,7 +46,7 @@ from .engine import MODEL, OnnxEngine, TorchEngine, torch_threads
 from .kernels import resolve
 from .lower import Dialect, decomposed, lower, save_onnx
 from .measure import machine
-from .memory import collected_by_hand, release
+from .memory import collected_by_hand, release, trim
 from .parity import check_parity
 from .probes import make_context
 from .report import ONNX, CompileReport, Plan, Step, original_step, pass_step
@@ -145,7 +145,7 @@ def compile_model(
     def write_onnx(path: Path) -> None:
         lowered, lowering_notes = _lower(result, path, run, dialect)
         engine = OnnxEngine(result, path, threads=1)
-        release()  # what onnxruntime needed only to load
+        trim()  # what onnxruntime needed only to load
         with run.phase("parity", "comparing onnxruntime with the graph"):
             step, total = _prove(signature, expected, result, engine, ctx, path, lowered)
         with run.phase("latency", "measuring latency"), torch_threads(1):
@@ -217,18 +217,22 @@ class _Told(Observer):
     def __init__(self, run: _Run, inner: Observer | None, original: Program) -> None:
         self._run, self._inner = run, inner or Observer()
         self.reference = original
+        self._replaced = True  # capture leaves a hundred megabytes of cycles
 
     def planned(self, passes: Any) -> None:
         self._inner.planned(passes)
 
     def started(self, given: Any, program: Program) -> None:
-        release()  # the weights that the pass before replaced
+        if self._replaced:
+            release()
         self._run.progress(f"running {given.spec}")
         self._inner.started(given, program)
 
     def finished(self, given: Any, before: Program, after: Program) -> None:
         if self.reference is before and given.effect in (Effect.EXACT, Effect.ANNOTATION):
             self.reference = after
+        kept = {tensor.data_ptr() for _, tensor in after.tensors()}
+        self._replaced = any(tensor.data_ptr() not in kept for _, tensor in before.tensors())
         self._inner.finished(given, before, after)
 
     def failed(self, given: Any, before: Program, error: Any) -> None:

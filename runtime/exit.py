@@ -27,11 +27,13 @@ import click
 
 from ftc.graph.errors import FtcError, UsageError
 
-_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 1 << 20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 FAILED, BUG, INTERRUPTED, CLOSED_PIPE = 1, 70, 130, 141
 _ENVIRONMENT = {
     # Threads that spin while they wait make torch 30 times slower where cores are shared.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # Huge pages for torch's large tensors: a fifth of a compile was the kernel's page faults.
+    "THP_MEM_ALLOC_ENABLE": "1",
 }
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -129,9 +131,12 @@ def _return_freed_memory() -> None:
     """Has the C library give every large freed block back at once, where it is glibc.
 
     It raises the threshold for that to 32 MB as blocks are freed, and most
-    weights are smaller: hundreds of megabytes would stay with the process.
+    weights are smaller: hundreds of megabytes would stay with the process. Lower
+    ones make the kernel clear the same pages again and again.
     """
     try:
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
+        mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
-        return  # another C library: it has no such threshold
+        return  # another C library: it has no such thresholds
+    mallopt(_MMAP_THRESHOLD, 8 << 20)
+    mallopt(_TRIM_THRESHOLD, 64 << 20)

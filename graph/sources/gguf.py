@@ -10,6 +10,7 @@ transformers' own tables.
 
 from __future__ import annotations
 
+import math
 import struct
 import tempfile
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from .gguf_header import VOCABULARY, Header, read_header
 from .huggingface import Loaded, build, choose_task, quiet
 from .tasks import model_class, supports
 
+_CACHED = 1 << 18  # elements that are dequantized at a time
+
 
 def load_gguf(path: Path, task: str | None) -> Loaded:
     """Loads the model of a GGUF file in fp32.
@@ -38,6 +41,7 @@ def load_gguf(path: Path, task: str | None) -> Loaded:
     """
     _need_gguf(path)
     header = read_header(path)
+    _check_complete(header)
     config = _config(header)
     if task is None and not getattr(config, "architectures", None):
         config.architectures = _usual_architectures(config)
@@ -132,26 +136,46 @@ def _weights(header: Header, config: Any, task: str) -> dict[str, torch.Tensor]:
     return weights
 
 
+def _check_complete(header: Header) -> None:
+    """Raises SourceError where the file ends before its last tensor does."""
+    for name in header.tensors:
+        if _extent(header, name)[1] > len(header.data):
+            raise SourceError(
+                f"{header.path} is truncated: it has {len(header.data):,} bytes, and tensor "
+                f"{name} ends at {_extent(header, name)[1]:,}",
+                fix="download or copy it again",
+            )
+
+
+def _extent(header: Header, name: str) -> tuple[int, int]:
+    """Where the bytes of a tensor start and end."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    sizes, kind, start = header.tensors[name]
+    try:
+        block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except (ValueError, KeyError):
+        raise SourceError(
+            f"{header.path}: tensor {name} is of type {kind}, which this gguf does not know",
+            fix="pip install -U gguf, or convert the file to another quantization",
+        ) from None
+    return start, start + math.prod(sizes) // block * width
+
+
 def _dequantized(header: Header, name: str) -> np.ndarray[Any, Any]:
-    """One tensor in fp32, a few rows at a time: the file's blocks never exist twice."""
+    """One tensor in fp32, a few blocks at a time: what each step makes stays in the cache."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
-    sizes, kind, start = header.tensors[name]
+    sizes, kind, _ = header.tensors[name]
     quantization = GGMLQuantizationType(kind)
     block, width = GGML_QUANT_SIZES[quantization]
-    row = sizes[-1] // block * width
-    rows = int(np.prod(sizes[:-1], dtype=np.int64))
-    if start + rows * row > len(header.data):
-        raise SourceError(
-            f"{header.path} is truncated: tensor {name} ends after the file",
-            fix="download or copy it again",
-        )
-    raw = header.data[start : start + rows * row].view(np.ndarray).reshape(rows, row)
-    result = torch.empty(rows, sizes[-1]).numpy()  # numpy's own memory is not aligned
-    step = max(1, (1 << 22) // max(sizes[-1], 1))
-    for first in range(0, rows, step):
-        result[first : first + step] = dequantize(raw[first : first + step], quantization)
+    raw = header.data[slice(*_extent(header, name))].view(np.ndarray)
+    result = torch.empty(math.prod(sizes)).numpy()  # numpy's own memory is not aligned
+    step = _CACHED // block * block
+    for first in range(0, len(result), step):
+        blocks = raw[first // block * width : (first + step) // block * width]
+        result[first : first + step] = dequantize(blocks[None], quantization)[0]
     return result.reshape(sizes)
 
 
