@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -70,3 +71,14 @@ _PRODUCTS = frozenset(
         "aten.convolution.default",
     }
 )
+
+
+def plain_input(node: fx.Node) -> fx.Node:
+    """``x`` of a quantized product, without the sums of its groups that int4 may append to it."""
+    x: Any = node.args[0]
+    if x.target is not aten.cat.default:
+        return cast(fx.Node, x)
+    first, second = x.args[0][:2]
+    groups = second.args[0] if second.target is aten.sum.dim_IntList else second
+    appended = groups.target is aten.unflatten.int and groups.args[0] is first
+    return cast(fx.Node, first if appended else x)

@@ -11,7 +11,7 @@ The graph has a flat calling convention: tensors in the order of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,11 @@ class Program:
             value = getattr(value, part)
         assert isinstance(value, Tensor), name
         return value
+
+    def with_ties(self, names: Iterable[str]) -> frozenset[str]:
+        """``names``, and every other name of the tensors that they name."""
+        chosen = frozenset(names)
+        return chosen.union(*(tied for tied in self.ties if tied & chosen))
 
     def __call__(
         self, inputs: Mapping[str, Tensor] | None = None, **more: Tensor

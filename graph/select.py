@@ -10,7 +10,7 @@ atom                    the weights
 ======================  =====================================================
 ``all``                 every weight
 ``ffn`` ``attention``   by role (:data:`ftc.graph.structure.ROLES`); likewise
-                        ``embedding norm head bias conv product``
+                        ``embedding norm head bias conv product adapter``
 ``layer[2]``            of the third repeated block; ``layer[0:4]``, ``layer[-2:]``
 a glob                  by name: ``*`` anything, ``?`` one character, ``[0-3]``
                         one of; any of a tied weight's names

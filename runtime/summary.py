@@ -24,7 +24,7 @@ from ftc.graph.select import select
 from ftc.graph.signature import format_shape
 from ftc.graph.structure import Structure, find_structure
 
-_ORDER = ("embedding", "attention", "ffn", "head", "norm", "conv", "product")
+_ORDER = ("adapter", "embedding", "attention", "ffn", "head", "norm", "conv", "product")
 _PARTS = ("", ".quantized", ".scale", ".zero_point")
 _LAYER = re.compile(r"(.*?(?:^|\.)\d+)(?:\.|$)")
 

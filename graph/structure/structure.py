@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ftc.graph import shapes
+from ftc.graph.adapters import adapter_parameters
 from ftc.graph.cost import operator_name
 from ftc.graph.program import Program
 
@@ -26,7 +27,7 @@ from .layers import Layer, find_layers
 from .norms import Norm, find_norms
 from .weights import WeightProduct, logical_parameters, read_by, through
 
-ROLES = ("attention", "ffn", "embedding", "norm", "head", "bias", "conv", "product")
+ROLES = ("attention", "ffn", "embedding", "norm", "head", "bias", "conv", "product", "adapter")
 """Every role, in the order they are listed to a reader."""
 
 _TABLES = frozenset({"aten.embedding", "ftc.quantized_embedding", "aten.embedding_bag"})
@@ -38,7 +39,8 @@ class Structure:
 
     Attributes:
         roles: every role with the logical names that have it (see :data:`ROLES`).
-            ``product`` are the weights, without biases, of all products.
+            ``product`` are the weights, without biases, of all products of the model
+            itself; an adapter's are in ``adapter``, and in the block they adapt.
         parameters: all logical names.
         products: every product with a weight, by node, in graph order.
         cores: attention cores, in graph order.
@@ -73,6 +75,7 @@ def find_structure(program: Program) -> Structure:
     norms = tuple(find_norms(program))
     attention = _names(cores)
     ffn = _names(blocks)
+    adapters = frozenset(adapter_parameters(program))
     roles = {
         "attention": attention,
         "ffn": ffn,
@@ -80,8 +83,9 @@ def find_structure(program: Program) -> Structure:
         "norm": _names(norms),
         "head": _head(flow, attention | ffn),
         "bias": _biases(flow),
-        "conv": _names(p for p in flow.products.values() if p.is_convolution),
-        "product": frozenset(p.weight for p in flow.products.values()),
+        "conv": _names(p for p in flow.products.values() if p.is_convolution) - adapters,
+        "product": frozenset(p.weight for p in flow.products.values()) - adapters,
+        "adapter": adapters,
     }
     layers = find_layers(flow, cores, blocks, norms)
     names = logical_parameters(program)

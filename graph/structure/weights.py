@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx
 
@@ -64,8 +64,13 @@ class WeightProduct:
 
     @property
     def source(self) -> fx.Node:
-        """The input of the whole: that of the first factor where there is one."""
-        return self.first.source if self.first else self.x
+        """The input of the whole, dropout left out: that of the first factor if there is one."""
+        if self.first:
+            return self.first.source
+        x: Any = self.x
+        while operator_name(x) == "aten.dropout":
+            x = x.args[0]
+        return cast(fx.Node, x)
 
     @property
     def names(self) -> frozenset[str]:
@@ -202,7 +207,8 @@ def weight_products(program: Program) -> dict[fx.Node, WeightProduct]:
         product = weights.product(node)
         if product is None:
             continue
-        first = found.get(through(product.x))
+        x: Any = through(product.x)
+        first = found.get(through(x.args[0]) if _is_factor(x) else x)
         if first is not None and first.bias is None and _feeds_only(first.node, node):
             product = WeightProduct(
                 node, product.x, product.weight, product.bias, product.width, first
@@ -212,14 +218,19 @@ def weight_products(program: Program) -> dict[fx.Node, WeightProduct]:
 
 
 def _feeds_only(node: fx.Node, target: fx.Node) -> bool:
-    """Whether ``node`` reaches ``target`` and nothing else, through views alone."""
+    """Whether ``node`` reaches ``target`` and nothing else, through views and factors alone."""
     while len(node.users) == 1:
         (node,) = node.users
         if node is target:
             return True
-        if operator_name(node) not in PASSING:
+        if operator_name(node) not in PASSING and not _is_factor(node):
             return False
     return False
+
+
+def _is_factor(node: fx.Node) -> bool:
+    """Whether ``node`` multiplies by a number."""
+    return operator_name(node) == "aten.mul" and isinstance(node.args[1], (int, float))
 
 
 def read_by(program: Program, operators: frozenset[str]) -> Iterator[tuple[fx.Node, str]]:
