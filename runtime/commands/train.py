@@ -1,0 +1,74 @@
+"""``ftc train``: change what learns in a program, on data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import command, force_option
+
+if TYPE_CHECKING:
+    from ftc.runtime.console import Output
+
+
+@command
+@click.argument("program", required=False)
+@click.option("--data", metavar="FILE", help="JSONL, CSV, text, Parquet, or a folder of datasets.")
+@click.option("--objective", metavar="NAME", help="What to learn: mlm, clm, "
+              "sequence-classification, …")  # fmt: skip
+@click.option("-o", "--out", metavar="OUT", help="The bundle to write.")
+@click.option("--passes", metavar="SPEC", help="Passes to run first: lora{rank=8}.")
+@click.option("--task", metavar="TASK", help="What to capture for.")
+@click.option("--teacher", metavar="MODEL", help="Of distillation; by default PROGRAM as it came.")
+@click.option("--eval", metavar="FILE|SHARE", help="What to evaluate on: a file, or 0.1 of FILE.")
+@click.option("--columns", metavar="MAP", help="text=review,label=stars.")
+@click.option("--limit", type=int, metavar="N", help="Rows at most.")
+@click.option("--length", type=int, metavar="N", help="Tokens of a row at most.")
+@click.option("--batch", type=int, metavar="N", help="Rows of a batch.")
+@click.option("--accumulate", type=int, metavar="N", help="Batches of a step.")
+@click.option("--bucket", is_flag=True, default=None, help="Rows of similar length together.")
+@click.option("--epochs", type=float, metavar="X", help="How often to see the data.")
+@click.option("--steps", type=int, metavar="N", help="Steps, instead; 0 only evaluates.")
+@click.option("--learning-rate", type=float, metavar="X", help="Of AdamW.")
+@click.option("--schedule", metavar="NAME", help="linear, cosine or constant.")
+@click.option(
+    "--warmup", type=float, metavar="X", help="Steps in which the rate rises, or a share."
+)
+@click.option("--weight-decay", type=float, metavar="X", help="Of AdamW.")
+@click.option("--clip", type=float, metavar="X", help="Largest norm of a gradient.")
+@click.option("--precision", metavar="NAME", help="fp32 or bf16.")
+@click.option(
+    "--gradient-checkpointing", is_flag=True, default=None, help="Less memory, more time."
+)
+@click.option("--compile", is_flag=True, default=None, help="Through torch.compile.")
+@click.option("--device", metavar="NAME", help="cpu or cuda.")
+@click.option("--threads", type=int, metavar="N")
+@click.option("--evaluate-every", type=int, metavar="N", help="Steps between evaluations.")
+@click.option("--save-every", type=int, metavar="N", help="Steps between checkpoints.")
+@click.option("--log-every", type=int, metavar="N", help="Steps between lines of the log.")
+@click.option("--patience", type=int, metavar="N", help="Evaluations without a better metric.")
+@click.option("--metric", metavar="NAME", help="What patience looks at.")
+@click.option("--tensorboard", metavar="DIR", help="Write for TensorBoard too.")
+@click.option("--seed", type=int, metavar="N", help="Of everything random.")
+@click.option("--trust", is_flag=True, default=None, help="Allow a .pt2 archive.")
+@click.option("--config", metavar="FILE", help="The same from a TOML file; options come first.")
+@click.option("--resume", is_flag=True, help="Go on with the run that was stopped.")
+@force_option
+def train(output: Output, config: str | None, resume: bool, force: bool, **options: Any) -> None:
+    """Train PROGRAM on data, and save the result as OUT."""
+    from ftc.runtime.training.config import TrainConfig, read_config
+    from ftc.runtime.training.report import render_train
+    from ftc.runtime.training.run import train as run
+    from ftc.runtime.training.trainer import Interrupted
+
+    values = read_config(Path(config)) if config else {}
+    values.update({key: value for key, value in options.items() if value is not None})
+    made = TrainConfig.of(values, config)
+    try:
+        found = run(made, resume=resume, force=force, show=not output.json, say=output.say)
+    except Interrupted:
+        click.echo("stopped; the same call with --resume goes on", err=True)
+        raise
+    output.show(found, render_train)

@@ -1,0 +1,1 @@
+"""Data: rows of files, tables of tokens, and the order in which they are seen."""

@@ -1,0 +1,73 @@
+"""Modules that an engine runs: a program in one mode, on the program's own Parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from ftc.graph.mode import set_mode
+from ftc.graph.program import Program, build_module
+
+aten = torch.ops.aten
+_RUNNING = (aten.batch_norm.default, aten.instance_norm.default)
+
+
+def owned(program: Program) -> Program:
+    """A clone that may be written to: what learns has memory of its own, and so have statistics.
+
+    Frozen weights stay shared; they may be mapped from a file.
+    """
+    clone = program.clone()
+    for parameter in clone.module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
+    for name in running_buffers(clone):
+        buffer = clone.tensor(name)
+        buffer.data = buffer.data.clone()
+    return clone
+
+
+def in_mode(program: Program, *, training: bool, observed: Sequence[fx.Node] = ()) -> Program:
+    """The program in one mode, on the same Parameters and buffers.
+
+    Args:
+        program: is not changed.
+        training: dropout on, running statistics updated.
+        observed: nodes whose values are returned behind the outputs.
+    """
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    output = graph.graph_copy(program.graph, copied)
+    assert isinstance(output, tuple)
+    graph.output((*output, *(copied[node] for node in observed)))
+    for old, new in copied.items():
+        new.meta = dict(old.meta)
+    module = build_module(dict(program.tensors()), graph)
+    set_mode(module, training=training)
+    return replace(program, module=module)
+
+
+def trainable(program: Program) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: parameter for name, parameter in program.module.named_parameters()
+            if parameter.requires_grad}  # fmt: skip
+
+
+def running_buffers(program: Program) -> tuple[str, ...]:
+    """Buffers that a forward pass in train mode writes: the running statistics of batch norm."""
+    written = (argument for node in program.graph.nodes if node.target in _RUNNING
+               for argument in node.args[3:5])  # fmt: skip
+    return tuple(dict.fromkeys(str(each.target) for each in written if isinstance(each, fx.Node)))
+
+
+def move(program: Program, device: torch.device) -> None:
+    """Moves every tensor of ``program`` to ``device``, in place."""
+    for _, tensor in program.tensors():
+        _move(tensor, device)
+
+
+def _move(tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        tensor.data = tensor.data.to(device)

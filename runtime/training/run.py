@@ -1,0 +1,227 @@
+"""A run, from its configuration to a bundle: prepare, train, save.
+
+While it trains, everything it needs to go on is in ``OUT.run``: the program it
+started from, the configuration, the log, and checkpoints. When OUT is written,
+``OUT.run`` is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftc.graph.bundle import save_bundle
+from ftc.graph.cost import cost
+from ftc.graph.errors import UsageError
+from ftc.graph.printer import fingerprint
+from ftc.graph.program import PassRecord, Program
+from ftc.runtime.engine import set_threads
+
+from .config import TrainConfig
+from .data.encoder import Encoder
+from .data.order import Order
+from .data.table import Examples
+from .dataset import Dataset, load_dataset
+from .engine import OneProcess
+from .loader import Loader
+from .log import Log
+from .modules import owned, trainable
+from .objectives.base import Objective, Scene
+from .picture import draw_loss
+from .progress import Bar
+from .report import TrainReport
+from .start import CONFIG, Say, captured, fresh, resumed, run_folder, same_data, teacher
+from .trainer import Options, Trainer
+
+CHECKPOINTS, LOG = "checkpoints", "metrics.jsonl"
+REPORT, PICTURE, MODEL_CONFIG = "train.json", "loss.png", "config.json"
+Metrics = Mapping[str, float]
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, force: bool = False, show: bool = False,
+    say: Say = lambda _: None,
+) -> TrainReport:  # fmt: skip
+    """Trains a program; with ``steps=0`` it is only measured.
+
+    Args:
+        config: what, on what, how.
+        resume: go on with the run that was stopped.
+        force: replace a bundle or an unfinished run that is there.
+        show: a progress bar on the terminal.
+        say: told what runs before and after the steps.
+
+    Raises:
+        FtcError: as capture, passes, data and bundle raise it; PromiseError when the
+            loss is no number any more.
+        Interrupted: when it was asked to stop; it can be resumed.
+    """
+    config.check()
+    set_threads(config.threads)
+    if config.steps == 0:
+        return _Run(config, captured(config, say), say).score()
+    program = resumed(config) if resume else fresh(config, force, say)
+    run = _Run(config, program, say)
+    report = run.train(show)
+    say(f"saving {config.out}")
+    run.save(report)
+    shutil.rmtree(run_folder(config))
+    return report
+
+
+class _Run:
+    """One run: the data and the program that it changes.
+
+    Args:
+        config: of the run.
+        program: what it starts from.
+        say: told what runs.
+    """
+
+    def __init__(self, config: TrainConfig, program: Program, say: Say) -> None:
+        self.config, self.say = config, say
+        self.objective: Objective = config.made_objective()
+        self.program = owned(program)
+        scene = Scene(self.program, Encoder.of(program, config.length),
+                      teacher=teacher(config, self.objective, say))  # fmt: skip
+        self.data: Dataset = load_dataset(config, self.objective, scene, say)
+        self.notes = [*self.data.notes]
+        self.records: list[Any] = []
+
+    def score(self) -> TrainReport:
+        """Metrics of the program as it is, on the evaluation data or else on all."""
+        self.say("evaluating")
+        losses, sums = self._engine().evaluate(
+            self._loader(self.data.evaluation or self.data.training).evaluation()
+        )
+        found = {**losses, **self.objective.metrics(losses, sums)}
+        return self._report(None, found, None)
+
+    def train(self, show: bool) -> TrainReport:
+        """Every step that is left."""
+        folder, config = run_folder(self.config), self.config
+        same_data(folder, self.data.fingerprint)
+        torch.manual_seed(config.seed)
+        data = self._loader(self.data.training, shuffle=True)
+        evaluation = self._loader(self.data.evaluation) if self.data.evaluation else None
+        options = _options(config, data.order.steps_per_epoch)
+        trainer = Trainer(self._engine(), self.objective, data, evaluation, options,
+                          folder / CHECKPOINTS)  # fmt: skip
+        if trainer.resume():
+            self.notes.append(f"went on after step {trainer.state.step:,}")
+        board = Path(config.tensorboard) if config.tensorboard else None
+        trainer.log = Log(folder / LOG, trainer.state.step, board)
+        trainer.bar = Bar(show, options.steps, trainer.state.step)
+        try:
+            before = trainer.first_evaluation()
+            trainer.run()
+            after = trainer.evaluate() if evaluation else None
+        finally:
+            trainer.bar.stop()
+            trainer.log.close()
+        trainer.engine.finish()
+        self.records = trainer.log.records
+        return self._report(trainer, before, after)
+
+    def save(self, report: TrainReport) -> None:
+        """Writes the bundle: the trained program, its history, and what is said of the run."""
+        folder = run_folder(self.config)
+        program = _recorded(self.program, self.config, report)
+        report_text = json.dumps(report.to_dict(), indent=1) + "\n"
+        files = {
+            CONFIG: lambda path: path.write_text(self.config.to_toml(), encoding="utf-8"),
+            LOG: lambda path: shutil.copyfile(folder / LOG, path),
+            REPORT: lambda path: path.write_text(report_text, encoding="utf-8"),
+            PICTURE: lambda path: draw_loss(self.records, path),
+        }
+        if (named := self._named_labels()) is not None:
+            files[MODEL_CONFIG] = lambda path: path.write_text(named, encoding="utf-8")
+        save_bundle(program, self.config.out, force=True, files=files)
+
+    def _engine(self) -> OneProcess:
+        return OneProcess(self.program, self.objective, self.data.scene,
+                          self.config.engine_options())  # fmt: skip
+
+    def _loader(self, examples: Examples, *, shuffle: bool = False) -> Loader:
+        """Batches of examples; evaluation puts similar lengths together where it can."""
+        config, lengths = self.config, examples.lengths()
+        if shuffle and config.bucket and lengths is None:
+            raise UsageError(f"{self.objective.name} has no rows to sort by length",
+                             fix="leave --bucket out")  # fmt: skip
+        sort = config.bucket or not shuffle
+        order = Order(len(examples), config.batch, config.accumulate if shuffle else 1,
+                      config.seed, shuffle, lengths if sort else None)  # fmt: skip
+        return Loader(examples, order, self.objective, self.data.scene)
+
+    def _named_labels(self) -> str | None:
+        """The model's configuration with the names of the classes that were learned."""
+        labels, assets = self.data.scene.labels, self.program.assets
+        if not labels or assets is None or not (assets / MODEL_CONFIG).is_file():
+            return None
+        stored = json.loads((assets / MODEL_CONFIG).read_text(encoding="utf-8"))
+        stored["id2label"] = {str(i): name for i, name in enumerate(labels)}
+        stored["label2id"] = {name: i for i, name in enumerate(labels)}
+        return json.dumps(stored, indent=2) + "\n"
+
+    def _report(
+        self, trainer: Trainer | None, before: Metrics | None, after: Metrics | None
+    ) -> TrainReport:
+        learn = trainable(self.program).values()
+        state = trainer.state if trainer else None
+        losses = [r["loss"] for r in self.records if "loss" in r]
+        early = trainer is not None and trainer.options.patience > 0
+        return TrainReport(
+            self.config.program, self.config.out, self.objective.spec,
+            state.step if state else 0, trainer.options.steps if trainer else 0,
+            state.step / trainer.data.order.steps_per_epoch if state and trainer else 0.0,
+            sum(p.numel() for p in learn), cost(self.program).parameters,
+            state.examples if state else 0, state.tokens if state else 0,
+            state.seconds if state else 0.0, losses[0] if losses else None,
+            losses[-1] if losses else None, before, after,
+            state.best_step if state and early else None, _peak_memory(), tuple(self.notes),
+        )  # fmt: skip
+
+
+def _options(config: TrainConfig, per_epoch: int) -> Options:
+    total = config.total_steps(per_epoch)
+    return Options(
+        total, config.made_schedule(total), config.learning_rate, config.weight_decay,
+        config.beta1, config.beta2, config.epsilon, config.clip,
+        config.evaluate_every or per_epoch, config.save_every or per_epoch, config.log_every,
+        config.patience, config.metric,
+    )  # fmt: skip
+
+
+def _recorded(program: Program, config: TrainConfig, report: TrainReport) -> Program:
+    """The program with the training in its history."""
+    total = cost(program)
+    spec = f"train{{objective={report.objective},steps={report.steps}}}"
+    notes = [
+        f"{report.trainable:,} of {report.parameters:,} parameters learned from "
+        f"{Path(config.data).name}, {report.epochs:.3g} epochs, seed {config.seed}"
+    ]
+    if report.last_loss is not None:
+        notes.append(
+            f"loss {report.first_loss:.4f} at the start, {report.last_loss:.4f} at the end"
+        )
+    notes += [f"{name} {value:.4f} on the evaluation data"
+              for name, value in (report.after or {}).items()]  # fmt: skip
+    record = PassRecord(
+        spec, "approximate", report.steps, ("trained",), None, total.parameters, total.bytes,
+        total.operations, report.seconds, tuple(notes), fingerprint(program),
+    )  # fmt: skip
+    return replace(program, history=(*program.history, record))
+
+
+def _peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,0 +1,136 @@
+"""What a run starts from: the captured program after its passes, kept on disk until the run ends.
+
+A run reads the program back from where it was saved, also the first time, so one
+that is resumed starts from the very same bytes at the same alignment.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftc.graph.bundle import is_bundle, load_bundle, save_bundle
+from ftc.graph.bundle.bundle import check_output
+from ftc.graph.errors import UsageError
+from ftc.graph.program import Program
+from ftc.graph.sources import capture
+from ftc.graph.target import target
+from ftc.passes.pipeline import Pipeline
+from ftc.runtime.memory import collected_by_hand, release
+from ftc.runtime.probes import make_context
+
+from .config import TrainConfig, read_config
+from .modules import in_mode, move
+from .objectives.base import Objective, Tensors, hidden_name
+
+PROGRAM, CONFIG, DATA = "program", "train.toml", "data.json"
+_FREE = {"out", "threads", "log_every", "tensorboard", "save_every", "trust"}
+"""Keys that may differ when a run is resumed: they do not change its weights."""
+Say = Callable[[str], object]
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """Where a run keeps what it needs to go on, ``OUT.run``."""
+    out = Path(config.out).expanduser().resolve()
+    return out.with_name(f"{out.name}.run")
+
+
+@collected_by_hand()
+def captured(config: TrainConfig, say: Say) -> Program:
+    """The program after its passes.
+
+    Raises:
+        FtcError: as capture and passes do; UsageError where the objective does not fit.
+    """
+    say(f"capturing {config.program}")
+    program = capture(config.program, task=config.task, trust=config.trust)
+    pipeline = Pipeline.parse(config.passes)
+    if pipeline.passes:
+        ctx = make_context(program, None, target("portable"), None, None, config.seed)
+        say(f"running {pipeline.spec}")
+        program = pipeline.run(program, ctx).program
+    config.made_objective().check(program)
+    return program
+
+
+def fresh(config: TrainConfig, force: bool, say: Say) -> Program:
+    """The program that a new run starts from.
+
+    Raises:
+        UsageError: when the bundle or an unfinished run is there, without ``force``.
+    """
+    folder = run_folder(config)
+    check_output(Path(config.out).expanduser().resolve(), force=force)
+    if folder.exists() and not force:
+        raise UsageError(f"{folder} holds a run that did not end",
+                         fix="--resume goes on with it, --force starts again")  # fmt: skip
+    program = captured(config, say)
+    if not any(p.requires_grad for p in program.module.parameters()):
+        raise UsageError("no parameter of the program learns", fix="--passes freeze{train=all}")
+    shutil.rmtree(folder, ignore_errors=True)
+    say("saving the start of the run")
+    save_bundle(program, folder / PROGRAM)
+    (folder / CONFIG).write_text(config.to_toml(), encoding="utf-8")
+    del program
+    release()
+    return load_bundle(folder / PROGRAM)
+
+
+def resumed(config: TrainConfig) -> Program:
+    """The program that the run in ``OUT.run`` started from.
+
+    Raises:
+        UsageError: when there is no run, or it had other options.
+    """
+    folder = run_folder(config)
+    if not (folder / CONFIG).is_file() or not is_bundle(folder / PROGRAM):
+        raise UsageError(f"{folder} holds no run to go on with", fix="leave --resume out")
+    before = TrainConfig.of(read_config(folder / CONFIG), str(folder / CONFIG))
+    for key in (k for k in vars(config) if k not in _FREE):
+        old, new = getattr(before, key), getattr(config, key)
+        if old != new:
+            raise UsageError(f"the run had {key}={old!r}, and this call has {new!r}",
+                             where=str(folder / CONFIG),
+                             fix="give the same options, or start again: --force")  # fmt: skip
+    return load_bundle(folder / PROGRAM)
+
+
+def same_data(folder: Path, fingerprint: str) -> None:
+    """Refuses to go on with a run whose data has changed.
+
+    Raises:
+        UsageError: then.
+    """
+    path = folder / DATA
+    if not path.exists():
+        path.write_text(json.dumps({"sha256": fingerprint}), encoding="utf-8")
+    elif json.loads(path.read_text(encoding="utf-8"))["sha256"] != fingerprint:
+        raise UsageError("the data has changed since the run began",
+                         fix="restore it, or start again: --force")  # fmt: skip
+
+
+def teacher(config: TrainConfig, objective: Objective, say: Say) -> Any:
+    """Outputs of the program that is learned from, for distillation; else None."""
+    if objective.name != "distillation":
+        return None
+    source = config.teacher or config.program
+    say(f"capturing the teacher {source}")
+    program = capture(source, task=config.task, trust=config.trust)
+    observed = objective.observed(program)
+    names = (*program.signature.output_names, *map(hidden_name, range(len(observed))))
+    evaluating = in_mode(program, training=False, observed=observed)
+    move(evaluating, torch.device(config.device))
+
+    def outputs(inputs: Tensors) -> dict[str, Tensor]:
+        wanted = {name: inputs[name] for name in program.signature.input_names if name in inputs}
+        with torch.no_grad():
+            values = evaluating.module(*program.signature.bind(wanted))
+        return dict(zip(names, values, strict=True))
+
+    return outputs
