@@ -45,12 +45,13 @@ def search_range(
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
     for step, point in _candidates(low, high, scheme, shrink):
-        codes = round_to(groups, step, point, scheme)
-        error = (codes.mul_(step.unsqueeze(-1)).sub_(groups).square_() * importance).sum(-1)
+        error = _error(groups, importance, step, point, scheme)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, step, scale), torch.where(better, point, zero)
-    return _refined(groups, importance, scale, zero, scheme), zero
+    finer = _refined(groups, importance, scale, zero, scheme)
+    better = _error(groups, importance, finer, zero, scheme) < best
+    return torch.where(better, finer, scale), zero
 
 
 def round_to(groups: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
@@ -65,6 +66,14 @@ def storable(scale: Tensor) -> Tensor:
     half = scale.half().float()
     fits = half.isfinite() & (scale >= _SMALLEST)
     return torch.where(scale > 0, torch.where(fits, half, scale), torch.ones_like(scale))
+
+
+def _error(
+    groups: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme
+) -> Tensor:
+    """What is to be made least, for each group."""
+    restored = round_to(groups, scale, zero, scheme).mul_(scale.unsqueeze(-1))
+    return (restored.sub_(groups).square_() * importance).sum(-1)
 
 
 def _limits(scheme: Scheme) -> tuple[int, int]:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import linear
 
 from .program import Program
 
-Visit = Callable[[fx.Node, list[Tensor], list[Tensor]], Mapping[fx.Node, Tensor]]
+Visit = Callable[[fx.Node, list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
 
 
 def side_by_side(
@@ -34,8 +35,7 @@ def side_by_side(
         inputs: tensors by input name, one mapping a run.
         nodes: of ``program.graph``, each a product ``linear(x, weight, bias)``.
         visit: gets the node, its ``x`` in the float program and its ``x`` in the
-            copy, one tensor a run; returns what the copy uses at this node for
-            some of its arguments.
+            copy, one tensor a run; returns weight and bias of the copy's product.
         changed: tensors that the copy has instead of the program's, by name.
     """
     left = set(nodes)
@@ -48,7 +48,7 @@ def side_by_side(
                 left.remove(node)
                 streams.run(node, visit(node, *streams.values(node.args[0])))
             else:
-                streams.run(node, {})
+                streams.run(node)
             if not left:
                 return
 
@@ -73,8 +73,11 @@ class _Streams:
         """What ``node`` made in the program and in its copy."""
         return self._plain[node], self._other[node]
 
-    def run(self, node: fx.Node, replaced: Mapping[fx.Node, Tensor]) -> None:
-        """Computes ``node`` in both; drops what it was the last to read."""
+    def run(self, node: fx.Node, own: tuple[Tensor, Tensor] | None = None) -> None:
+        """Computes ``node`` in both, the copy's as a product with ``own`` weight and bias.
+
+        What it was the last to read is dropped.
+        """
         if node.op == "placeholder":
             self._plain[node] = self._other[node] = list(next(self._given))
         elif node.op == "get_attr":
@@ -85,25 +88,21 @@ class _Streams:
             if name in self._changed:
                 self._other[node] = [self._changed[name] for _ in self._runs]
         elif node.op == "call_function":
-            self._plain[node] = self._call(node, self._plain, {})
-            same = all(self._plain[u] is self._other[u] for u in node.all_input_nodes)
-            self._other[node] = self._plain[node]
-            if replaced or not same:
-                self._other[node] = self._call(node, self._other, replaced)
+            self._plain[node] = self._other[node] = self._call(node, self._plain)
+            if own is not None:
+                _, inputs = self.values(node.args[0])
+                self._other[node] = [linear(x, *own) for x in inputs]
+            elif any(self._plain[u] is not self._other[u] for u in node.all_input_nodes):
+                self._other[node] = self._call(node, self._other)
         for used in node.all_input_nodes:
             if self._last[used] is node:
                 del self._plain[used], self._other[used]
 
-    def _call(
-        self,
-        node: fx.Node,
-        values: Mapping[fx.Node, list[Any]],
-        replaced: Mapping[fx.Node, Tensor],
-    ) -> list[Any]:
+    def _call(self, node: fx.Node, values: Mapping[fx.Node, list[Any]]) -> list[Any]:
         target: Any = node.target
         made = []
         for run in self._runs:
-            given = {used: replaced.get(used, values[used][run]) for used in node.all_input_nodes}
+            given = {used: values[used][run] for used in node.all_input_nodes}
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
             made.append(target(*args, **kwargs))
         return made

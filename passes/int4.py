@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ftc.graph import quantized_ops  # noqa: F401  (registers torch.ops.ftc)
 from ftc.graph.errors import UsageError
@@ -154,8 +154,8 @@ class Int4(Pass):
             x, bias = reader.args[0], reader.args[2] if len(reader.args) > 2 else None
             if rounded.extra:
                 x = sums.extended(reader, rounded.extra)
-            if rounded.bias is not None and isinstance(bias, fx.Node):
-                rw.set_tensor(str(bias.target), rounded.bias)
+            if rounded.bias is not None:
+                bias = _with_values(rw, bias, f"{name}.bias", rounded.bias)
             with rw.at(reader):
                 if reader.target is aten.linear.default:
                     new = rw.call(ops.quantized_linear.default, x, data, scale, zero, bias,
@@ -169,7 +169,7 @@ class Int4(Pass):
     def _say(self, rw: Rewriter, rounded: Mapping[str, Rounded], unfit: list[str]) -> None:
         same = [each for each in rounded.values() if each.error == 0.0]
         if same:
-            count = sum(each.coded.codes.numel() for each in same)
+            count = sum(len(e.coded.codes) * (e.coded.codes.shape[1] - e.extra) for e in same)
             extra = sum(each.extra > 0 for each in same)
             rw.note(
                 f"kept the codes of {len(same)} weights ({count:,} elements) that were on a 4-bit "
@@ -210,6 +210,14 @@ class _GroupSums:
                     parts.append(call(aten.zeros_like.default, unused))
                 self._made[x, extra] = call(aten.cat.default, parts, -1)
         return self._made[x, extra]
+
+
+def _with_values(rw: Rewriter, bias: object, name: str, values: Tensor) -> fx.Node:
+    """A bias of these values: ``bias`` itself where one product alone reads it, else ``name``."""
+    if isinstance(bias, fx.Node) and len(bias.users) == 1:
+        rw.set_tensor(str(bias.target), values)
+        return bias
+    return rw.add_buffer(name, values)
 
 
 def _as_dtype(rw: Rewriter, node: fx.Node, dtype: torch.dtype) -> fx.Node:

