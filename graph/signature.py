@@ -137,6 +137,11 @@ def format_shape(shape: tuple[Dim, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
+def format_spec(spec: InputSpec | OutputSpec) -> str:
+    """``float32 [batch, sequence, 384]``"""
+    return f"{str(spec.dtype).removeprefix('torch.')} {format_shape(spec.shape)}"
+
+
 def _sample(spec: InputSpec, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:
     shape = [d if isinstance(d, int) else sizes[d] for d in spec.shape]
     if spec.role == "mask":

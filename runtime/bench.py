@@ -1,8 +1,8 @@
 """Latency of one program against another: interleaved, one process, the same inputs.
 
-Without another program the two engines are compared: ``model.onnx`` in
-onnxruntime against the same graph in torch. A model that is no bundle is lowered
-as it is, so that both sides run in the same engine.
+Without another program the two engines are compared: the lowered program in
+onnxruntime against the same graph in torch. A model that is no bundle is captured
+and lowered as it is, so that two programs run in the same engine.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ftc.graph.signature import Signature
 from ftc.graph.sources import capture
 
 from .console import format_sizes
-from .engine import Engine, OnnxEngine, TorchEngine, open_engine, set_threads
-from .measure import Timing, interleaved, machine, ratio
+from .engine import MODEL, Engine, OnnxEngine, TorchEngine, open_engine, set_threads
+from .measure import Timing, interleaved, machine, noise, ratio
 
 _TEXT_SHAPES = ((8, 128), (4, 128), (2, 128), (1, 128), (1, 64), (1, 32), (1, 16), (1, 8))
 LARGE = 13e9
@@ -46,10 +46,15 @@ class Latency:
     other: Timing
     speedup: float
 
+    @property
+    def noise(self) -> str:
+        """Why ``speedup`` is to be doubted, in words; empty where it is not."""
+        return noise(self.base, self.other)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, times in seconds."""
         return {"sizes": self.sizes, "base": self.base.to_dict(), "other": self.other.to_dict(),
-                "speedup": self.speedup}  # fmt: skip
+                "speedup": self.speedup, "noise": self.noise}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +84,7 @@ def bench(
     """Latency of ``source`` against another program, or against itself in torch.
 
     Args:
-        source: a bundle with ``model.onnx``.
-        against: a bundle, or a model that can be captured.
+        source, against: a bundle, or a model that can be captured.
         threads: of both engines.
         shapes: sizes of dynamic dimensions, ``batch=8,sequence=128``; two usual ones by default.
         seconds: to spend on each shape.
@@ -90,16 +94,13 @@ def bench(
         UsageError: when the two do not take the same inputs.
     """
     set_threads(threads)
-    progress(f"opening {source}")
-    other = open_engine(source, "onnx")
     with tempfile.TemporaryDirectory() as scratch:
-        base = _base(other, against, Path(scratch), progress)
-        if base.program.signature.input_names != other.program.signature.input_names:
-            raise UsageError(
-                f"{source} takes {', '.join(other.program.signature.input_names)}, but {against} "
-                f"takes {', '.join(base.program.signature.input_names)}",
-                fix="compare programs of one model",
-            )
+        other = _lowered(source, Path(scratch) / "other.onnx", progress)
+        base: Engine = TorchEngine(other.program)
+        if against is not None:
+            task = other.program.signature.task
+            base = _lowered(against, Path(scratch) / "base.onnx", progress, task)
+            _check_inputs(source, other.program, against, base.program)
         signature = other.program.signature
         sizes = [parse_shape(s, signature) for s in shapes] or usual_shapes(base.program)
         latencies = compare(base, other, sizes, seconds=seconds, progress=progress)
@@ -108,19 +109,29 @@ def bench(
     return Comparison(labels[0], labels[1], latencies, machine())
 
 
-def _base(
-    other: Engine, against: str | None, scratch: Path, progress: Callable[[str], None]
+def _lowered(
+    source: str, path: Path, progress: Callable[[str], None], task: str | None = None
 ) -> Engine:
-    if against is None:
-        return TorchEngine(other.program)
-    progress(f"opening {against}")
-    if is_bundle(Path(against).expanduser()):
-        return open_engine(against)
+    """What was named, in onnxruntime; lowered to ``path`` where it has no ONNX file."""
+    progress(f"opening {source}")
+    folder = Path(source).expanduser()
+    if is_bundle(folder) and (folder / MODEL).is_file():
+        return open_engine(source, "onnx")
     from .lower import lower, save_onnx
 
-    program = capture(against, task=other.program.signature.task)
-    save_onnx(lower(program), scratch / "model.onnx")
-    return OnnxEngine(program, scratch / "model.onnx")
+    program = capture(source, task=task)
+    progress(f"lowering {source} to ONNX")
+    save_onnx(lower(program), path)
+    return OnnxEngine(program, path)
+
+
+def _check_inputs(source: str, program: Program, against: str, other: Program) -> None:
+    mine, theirs = (", ".join(p.signature.input_names) for p in (program, other))
+    if mine != theirs:
+        raise UsageError(
+            f"{source} takes {mine}, but {against} takes {theirs}",
+            fix="compare programs of one model",
+        )
 
 
 def compare(

@@ -20,7 +20,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from .memory import collected_by_hand, release, trim
 from .parity import check_parity
 from .probes import make_context
 from .report import ONNX, CompileReport, Plan, Step, original_step, pass_step
+from .shipped import describe_shipped
 
 REPORT = "report.json"
 _MEASURE_SECONDS, _MEASURE_MOST = 0.25, 2.5e9
@@ -161,6 +162,8 @@ def compile_model(
         ))  # fmt: skip
 
     def write_report(path: Path) -> None:
+        found = describe_shipped(source, result, out, path.parent)
+        made[0] = replace(made[0], shipped=found)
         path.write_text(json.dumps(made[0].to_dict(), indent=1) + "\n", encoding="utf-8")
 
     with run.phase("save", f"saving {out}"):

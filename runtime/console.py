@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as encoder
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,11 +17,12 @@ from rich.text import Text
 from ftc.graph.errors import FtcError
 
 _PIPE_WIDTH = 120
+_LINE_END = re.compile(r"(?: |\x1b\[[\d;]*m)+(?=\r?\n)")  # blanks, and colours between them
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def stdout() -> Console:
-    """Where results go: as wide as the terminal, 120 columns in a pipe."""
+    """Where results go: as wide as the terminal; in a pipe ``COLUMNS``, or 120, columns."""
     return _console(sys.stdout)
 
 
@@ -29,8 +32,24 @@ def stderr() -> Console:
 
 
 def _console(stream: Any) -> Console:
-    width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+    asked = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    width = None if asked else _PIPE_WIDTH  # None: rich asks the terminal, or COLUMNS
+    file: Any = _Trimmed(stream)
+    return Console(file=file, width=width, highlight=False, soft_wrap=False)
+
+
+class _Trimmed:
+    """A stream whose lines end where their text does: rich fills the last column with blanks."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        trimmed = _LINE_END.sub(lambda found: found[0].replace(" ", ""), text)
+        return int(self._stream.write(trimmed))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Progress:
@@ -112,6 +131,11 @@ def table(*columns: str, title: str | None = None, left: int = 1) -> Table:
     return made
 
 
+def plural(number: int, noun: str, many: str | None = None) -> str:
+    """``1 text``, ``2 texts``, ``1,234 texts``."""
+    return f"{number:,} {noun if number == 1 else many or noun + 's'}"
+
+
 def count(number: float | None) -> str:
     """``22.7 M``; empty for None."""
     if number is None:
@@ -161,3 +185,10 @@ def small(number: float) -> str:
 def format_sizes(sizes: Mapping[str, int]) -> str:
     """``batch=8, sequence=128``"""
     return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "its fixed shape"
+
+
+def cosine(number: float) -> str:
+    """Yellow where rows point elsewhere, red where they do so clearly."""
+    bounds = ((0.9, "red"), (0.98, "yellow"))
+    colour = next((colour for bound, colour in bounds if number < bound), "default")
+    return f"[{colour}]{number:.4f}[/]"

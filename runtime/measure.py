@@ -25,6 +25,11 @@ from typing import Any
 
 _INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 _PACKAGES = ("torch", "onnxruntime", "transformers", "numpy")
+_FEW = 5
+"""Fewer rounds have no quartiles to speak of."""
+_WIDE, _BUSY = 1.5, 2.0
+"""A ratio's upper quartile over its lower, and a median over the fastest round: beyond these
+other work on the machine was measured too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,27 @@ def interleaved(
 
 def ratio(a: Timing, b: Timing) -> float:
     """How many times as long ``a`` takes as ``b``: the median of the rounds' ratios."""
-    return statistics.median(x / y for x, y in zip(a.samples, b.samples, strict=True))
+    return ratios(a, b).median
+
+
+def ratios(a: Timing, b: Timing) -> Timing:
+    """How many times as long ``a`` takes as ``b``, round by round."""
+    return Timing(tuple(x / y for x, y in zip(a.samples, b.samples, strict=True)))
+
+
+def noise(a: Timing, b: Timing) -> str:
+    """Why the ratio of two timings is to be doubted, in words; empty where it is not."""
+    found = []
+    if len(a.samples) < _FEW:
+        found.append(f"only {len(a.samples)} rounds")
+    low, high = ratios(a, b).quartiles
+    if high > _WIDE * low:
+        found.append(f"the quartiles of the rounds' ratios are {low:.2g} and {high:.2g}")
+    if max(t.median / min(t.samples) for t in (a, b)) > _BUSY:
+        found.append(f"half of the rounds took over {_BUSY:g} times as long as the fastest")
+    if a.quartiles[0] <= b.quartiles[1] and b.quartiles[0] <= a.quartiles[1]:
+        found.append("the quartiles overlap")
+    return ", ".join(found)
 
 
 @cache

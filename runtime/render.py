@@ -2,138 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
-from .console import count, duration, format_sizes, megabytes, small, spread, table
+from .console import cosine, count, format_sizes, megabytes, small, table
+from .render_latency import render_latencies
 
 if TYPE_CHECKING:
-    from ftc.graph.program import Drift, PassRecord, Program
+    from ftc.graph.program import PassRecord, Program
     from ftc.passes.registry import Description
 
-    from .bench import Comparison, Latency
+    from .bench import Comparison
     from .evaluate import Evaluation
     from .export import Export
-    from .measure import Timing
     from .predict import Labelled
-    from .report import CompileReport, Plan, Step
     from .summary import Row, Summary, Weight
-
-_NEXT = {
-    "feature-extraction": 'ftc run {out} --text "A man is eating." --text "Someone has lunch."',
-    "masked-lm": 'ftc run {out} --text "Paris is the [MASK] of France."',
-    "pretraining": 'ftc run {out} --text "Paris is the [MASK] of France."',
-    "causal-lm": 'ftc run {out} --text "The capital of France is"',
-    "sequence-classification": 'ftc run {out} --text "I like it."',
-    "token-classification": 'ftc run {out} --text "Ada lives in London."',
-}
-
-
-def render_report(report: CompileReport, console: Console, *, timing: bool = False) -> None:
-    """The table of steps, latency, notes, and what to do next."""
-    console.print(
-        f"[bold]{escape(report.source)}[/] → [bold]{escape(report.out)}[/]  {report.task}\n"
-    )
-    console.print(_steps(report.steps))
-    console.print(
-        f"[dim]MB: millions of bytes. ops: multiply-adds at {format_sizes(dict(report.sizes))}. "
-        f"drift: relative error against the step before.[/]\n"
-    )
-    _total(report.total, console)
-    _latencies(report.latencies, *report.engines, ("original", "result"), console)
-    _notes(report, console)
-    if timing:
-        _phases(report, console)
-    command = _NEXT.get(report.task, "ftc run {out} --input FILE.npz").format(out=report.out)
-    console.print(f"\nnext: [bold]{escape(command)}[/]", soft_wrap=True)
-
-
-def _steps(steps: Sequence[Step]) -> object:
-    made = table("step", "params", "MB", "ops", "drift", "cosine min", "time")
-    for step in steps:
-        made.add_row(
-            escape(step.name), count(step.parameters), megabytes(step.bytes),
-            count(step.operations), *_drift(step), duration(step.seconds),
-        )  # fmt: skip
-    return made
-
-
-def _drift(step: Step) -> tuple[str, str]:
-    if step.drift is None:
-        return ("none" if step.effect else "", "")
-    exact = step.effect == "exact"
-    return small(step.drift.relative), "" if exact else _cosine(step.drift.cosine_min)
-
-
-def _cosine(cosine: float) -> str:
-    """Yellow where rows point elsewhere, red where they do so clearly."""
-    colour = next((c for bound, c in ((0.9, "red"), (0.98, "yellow")) if cosine < bound), "default")
-    return f"[{colour}]{cosine:.4f}[/]"
-
-
-def _total(drift: Drift | None, console: Console) -> None:
-    if drift is None:
-        console.print("the passes changed the inputs: result and original cannot be compared\n")
-        return
-    console.print(
-        f"result against original: relative error [bold]{small(drift.relative)}[/], "
-        f"cosine mean {drift.cosine_mean:.4f}, min {_cosine(drift.cosine_min)}"
-    )
-    console.print(f"[dim]drift was measured on {escape(drift.inputs)}[/]\n")
-
-
-def _latencies(
-    latencies: Iterable[Latency], base: str, other: str, names: tuple[str, str], console: Console
-) -> None:
-    made = table("latency", f"{names[0]}", f"{names[1]}", "speed")
-    for each in latencies:
-        made.add_row(format_sizes(each.sizes), _timing(each.base), _timing(each.other),
-                     _speed(each.speedup))  # fmt: skip
-    console.print(made)
-    console.print(f"[dim]median (quartiles), interleaved. {names[0]}: {escape(base)}; "
-                  f"{names[1]}: {escape(other)}[/]")  # fmt: skip
-
-
-def _timing(timing: Timing) -> str:
-    return spread(timing.median, *timing.quartiles)
-
-
-def _speed(speedup: float) -> str:
-    if speedup >= 1:
-        return f"[green]{speedup:.2f}× faster[/]"
-    return f"[yellow]{1 / speedup:.2f}× slower[/]"
-
-
-def _notes(report: CompileReport, console: Console) -> None:
-    lines = [("capture", report.notes), *((step.name, step.notes) for step in report.steps)]
-    if any(notes for _, notes in lines):
-        console.print()
-    for name, notes in lines:
-        if notes:
-            console.print(f"[bold]{escape(name)}[/]: {escape('; '.join(notes))}")
-
-
-def _phases(report: CompileReport, console: Console) -> None:
-    made = table("phase", "wall", "processor", title="\ntime")
-    for name, (wall, cpu) in report.phases.items():
-        made.add_row(name, duration(wall), duration(cpu))
-    walls, cpus = zip(*report.phases.values(), strict=True)
-    made.add_row("whole", duration(sum(walls)), duration(sum(cpus)), style="bold")
-    console.print(made)
-
-
-def render_plan(plan: Plan, console: Console) -> None:
-    """What a dry run found."""
-    original = plan.original
-    console.print(f"[bold]{escape(plan.source)}[/]  {plan.task}: {count(original.parameters)} "
-                  f"parameters, {megabytes(original.bytes)} MB")  # fmt: skip
-    console.print(f"would run  [bold]{escape(plan.pipeline)}[/]")
-    console.print(f"would save [bold]{escape(plan.out)}[/]")
-    for note in plan.notes:
-        console.print(f"capture: {escape(note)}")
 
 
 def render_summary(
@@ -210,14 +96,16 @@ def _history(history: Sequence[PassRecord]) -> object:
         made.add_row(
             escape(each.spec), str(each.modified), count(each.parameters), megabytes(each.bytes),
             "none" if drift is None else small(drift.relative),
-            "" if drift is None or each.effect == "exact" else _cosine(drift.cosine_min),
+            "" if drift is None or each.effect == "exact" else cosine(drift.cosine_min),
         )  # fmt: skip
     return made
 
 
 def render_comparison(found: Comparison, console: Console) -> None:
     """Latencies of two programs."""
-    _latencies(found.latencies, found.base, found.other, ("against", "this"), console)
+    render_latencies(found.latencies, (found.base, found.other), ("against", "this"), console)
+    if any(each.noise for each in found.latencies):
+        console.print("more --seconds, or a quieter machine, tells more")
     instructions = " ".join(found.machine["instructions"]) or "no vector instructions known"
     console.print(f"[dim]{escape(found.machine['processor'])}, {found.machine['cores']} cores, "
                   f"{instructions}[/]")  # fmt: skip

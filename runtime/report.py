@@ -17,6 +17,7 @@ from ftc.graph.program import Drift, PassRecord
 
 from .assigned import Assigned
 from .bench import Latency
+from .shipped import Shipped
 
 ORIGINAL, ONNX = "original", "onnx"
 
@@ -62,6 +63,7 @@ class CompileReport:
         notes: what capture and lowering decided.
         phases: wall and processor seconds by phase.
         products: the kernel of each product of the result, and what it gains on the target.
+        shipped: sizes of source and bundle on disk, and a command that asks the bundle.
     """
 
     source: str
@@ -77,6 +79,7 @@ class CompileReport:
     notes: tuple[str, ...] = ()
     phases: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     products: tuple[Assigned, ...] = ()
+    shipped: Shipped | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; bytes, seconds, multiply-adds."""
@@ -88,6 +91,7 @@ class CompileReport:
             "engines": {"original": self.engines[0], "result": self.engines[1]},
             "sizes": dict(self.sizes), "machine": dict(self.machine),
             "notes": list(self.notes), "products": [asdict(each) for each in self.products],
+            "shipped": self.shipped and self.shipped.to_dict(),
             "phases": {n: {"wall": w, "cpu": c} for n, (w, c) in self.phases.items()},
         }  # fmt: skip
 

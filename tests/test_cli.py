@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -89,7 +90,49 @@ def test_compile_prints_one_table(masked: Path, tmp_path: Path, command: Command
     assert ran.status == 0 and not ran.err
     for word in ("original", "canonicalize", "int8", "onnx", "latency", "capture", "next: ftc run"):
         assert word in ran.out
-    assert max(map(len, ran.out.splitlines())) <= 130
+    commands = [line for line in ran.out.splitlines() if ": ftc " in line]  # to copy: never wrapped
+    assert max(len(line) for line in ran.out.splitlines() if line not in commands) <= 120
+
+
+def test_the_report_says_what_is_on_disk_and_what_to_do_next(
+    masked: Path, bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    shipped = json.loads((bundle / "report.json").read_text())["shipped"]
+    assert shipped["source_bytes"] == (masked / "model.safetensors").stat().st_size
+    for name, size in shipped["files"].items():
+        assert (bundle / name).stat().st_size == size
+    assert {"model.onnx", "model.safetensors", "tokenizer.json"} <= set(shipped["files"])
+    for source in (masked, decoder(tmp_path / "decoder"), "ftc.tests.small:mlp"):
+        ran = command("compile", source, "--passes", "", "-o", tmp_path / "out", "--force")
+        assert ("on disk: source" in ran.out) == isinstance(source, Path)
+        told = shlex.split(ran.out.partition("next: ftc ")[2].splitlines()[0])
+        if "FILE.npz" in told:  # it says what the file has to hold
+            assert "input float32 [batch, 64]" in ran.out
+            np.savez(tmp_path / "x.npz", input=np.ones((2, 64), np.float32))
+            told[told.index("FILE.npz")] = str(tmp_path / "x.npz")
+        assert command(*told).status == 0, told
+
+
+def test_a_model_without_a_tokenizer_is_asked_with_tensors(
+    tmp_path: Path, command: Command
+) -> None:
+    model = decoder(tmp_path / "model")
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    ran = command("compile", model, "--passes", "", "-o", tmp_path / "out")
+    assert "--input FILE.npz" in ran.out and "--text" not in ran.out
+    assert "input_ids int64 [batch, sequence]" in ran.out
+
+
+def test_a_report_is_loud_where_the_model_was_changed(
+    masked: Path, tmp_path: Path, command: Command
+) -> None:
+    for passes, loud in (("lowrank{ratio=0.3}", True), ("int8", False)):
+        ran = command("compile", masked, "--passes", passes, "-o", tmp_path / "out", "--force")
+        assert ("this changed the model" in ran.out) == loud
+        assert not loud or "ftc eval" in ran.out
+        assert "0.00 us" not in ran.out
+        assert not any(line.endswith(" ") for line in ran.out.splitlines())
 
 
 def test_dry_run_writes_nothing(masked: Path, tmp_path: Path, command: Command) -> None:
@@ -332,8 +375,19 @@ def test_bench(bundle: Path, masked: Path, command: Command) -> None:
     assert each["base"]["quartiles"][0] <= each["base"]["median"] <= each["base"]["quartiles"][1]
     assert "onnxruntime" in found["base"] and "onnxruntime" in found["other"]
     assert "torch" in command(*call, "--json").data["base"]
+    assert "only 3 rounds" in each["noise"]
+    shown = command(*call, "--against", masked).out
+    assert "noisy at batch=2, sequence=4: only 3 rounds" in shown and "--seconds" in shown
     mistake(command("bench", bundle, "--shapes", "8x128"), "batch=8")
     mistake(command("bench", bundle, "--against", "ftc.tests.small:mlp"), "input_ids")
+
+
+def test_bench_takes_a_model_as_it_is(masked: Path, bundle: Path, command: Command) -> None:
+    call = ("--seconds", 0, "--shapes", "batch=2,sequence=4", "--json")
+    alone = command("bench", masked, *call).data
+    assert "torch" in alone["base"] and "onnxruntime" in alone["other"]
+    both = command("bench", masked, "--against", bundle, *call).data
+    assert "onnxruntime" in both["base"] and "onnxruntime" in both["other"]
 
 
 def test_export(bundle: Path, tmp_path: Path, command: Command) -> None:

@@ -15,7 +15,7 @@ from ftc.graph.errors import UsageError
 from ftc.runtime.bench import parse_shape, usual_shapes
 from ftc.runtime.console import count, duration, megabytes, small, spread
 from ftc.runtime.evaluate import read_examples
-from ftc.runtime.measure import Timing, interleaved, machine, ratio
+from ftc.runtime.measure import Timing, interleaved, machine, noise, ratio
 from ftc.runtime.text import default_text, pad, read_text, takes_text
 from ftc.tests.tiny import tiny
 
@@ -43,6 +43,22 @@ def test_a_ratio_sees_through_noise_that_hits_both() -> None:
         {"a": lambda: time.sleep(0.004), "b": lambda: time.sleep(0.002)}, seconds=0.1
     )
     assert ratio(slow["a"], slow["b"]) > 1.2
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "why"),
+    [
+        ([3.0, 3.1, 3.0, 3.1, 3.0], [1.0, 1.0, 1.1, 1.0, 1.0], ""),
+        ([3.0, 3.1], [1.0, 1.0], "only 2 rounds"),
+        ([1.0, 1.2, 1.1, 1.0, 1.2], [1.1, 1.0, 1.2, 1.1, 1.0], "overlap"),
+        ([3.0, 30.0, 3.0, 30.0, 30.0], [1.0, 1.0, 1.0, 1.0, 1.0], "3 and 30"),
+        ([1.0, 90.0, 90.0, 90.0, 90.0], [0.1, 3.0, 3.0, 3.0, 3.0], "as the fastest"),
+    ],
+)
+def test_a_ratio_to_be_doubted_says_why(a: list[float], b: list[float], why: str) -> None:
+    found = noise(Timing(tuple(a)), Timing(tuple(b)))
+    assert why in found and bool(found) == bool(why)
+    assert bool(noise(Timing(tuple(b)), Timing(tuple(a)))) == bool(why)  # whichever is first
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=30))

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 @command
-@click.argument("out")
-@click.option("--against", metavar="OTHER", help="A bundle or a model; by default the same graph "
-              "in torch.")  # fmt: skip
+@click.argument("out", metavar="MODEL")
+@click.option("--against", metavar="OTHER", help="Another bundle or model; by default the same "
+              "graph in torch.")  # fmt: skip
 @threads_option
 @click.option("--shapes", multiple=True, metavar="SIZES", help="batch=8,sequence=128; may be given "
               "several times.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(0), default=2.0, show_default=True,
               help="To spend on each shape.")  # fmt: skip
 def bench(output: Output, out: str, **options: Any) -> None:
-    """Measure latency against another program: interleaved, medians, quartiles."""
+    """Measure latency of a bundle or model against another: medians, quartiles."""
     from ftc.runtime import bench as benching
     from ftc.runtime import render
 

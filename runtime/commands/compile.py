@@ -40,7 +40,7 @@ def compile(
 ) -> None:
     """Capture MODEL, rewrite it, prove it, lower it and save it as OUT."""
     from ftc.runtime import compile as compiling
-    from ftc.runtime import render
+    from ftc.runtime import render_report as render
 
     if dry_run:
         kept = {k: options[k] for k in ("passes", "out", "task", "target", "force", "trust")}
