@@ -37,6 +37,7 @@ SPECS = {  # beyond the defaults, which are always tested
         'lora{target="product - head",rank=2,init=pissa}',
     ],
     "lowrank": ["lowrank{ratio=0.5}", "lowrank{rank=3}"],
+    "merge": ["merge{max_loss=0.1}"],
     "int4": ["int4{min_size=0,group_size=16}", "int4{min_size=0,group_size=16,symmetric=true}"],
     "int8": ["int8{min_size=0}", "int8{activation=none,min_size=0,reduce_range=false}"],
 }

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ftc.graph import shapes
-from ftc.graph.adapters import adapter_parameters
+from ftc.graph.adapters import adapter_kind
 from ftc.graph.cost import operator_name
 from ftc.graph.program import Program
 
@@ -75,7 +75,8 @@ def find_structure(program: Program) -> Structure:
     norms = tuple(find_norms(program))
     attention = _names(cores)
     ffn = _names(blocks)
-    adapters = frozenset(adapter_parameters(program))
+    names = logical_parameters(program)
+    adapters = frozenset(name for name in names if adapter_kind(name))
     roles = {
         "attention": attention,
         "ffn": ffn,
@@ -88,7 +89,6 @@ def find_structure(program: Program) -> Structure:
         "adapter": adapters,
     }
     layers = find_layers(flow, cores, blocks, norms)
-    names = logical_parameters(program)
     return Structure(roles, names, flow.products, cores, blocks, norms, layers)
 
 
