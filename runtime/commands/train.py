@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, metavar="N", help="Of everything random.")
 @click.option("--trust", is_flag=True, default=None, help="Allow a .pt2 archive.")
 @click.option("--config", metavar="FILE", help="The same from a TOML file; options come first.")
-@click.option("--resume", is_flag=True, help="Go on with the run that was stopped.")
+@click.option("--resume", is_flag=True, help="Go on with the run that was stopped, if any.")
 @force_option
 def train(output: Output, config: str | None, resume: bool, force: bool, **options: Any) -> None:
     """Train PROGRAM on data, and save the result as OUT."""

@@ -54,7 +54,7 @@ def train(
 
     Args:
         config: what, on what, how.
-        resume: go on with the run that was stopped.
+        resume: go on with the run that was stopped, if there is one.
         force: replace a bundle or an unfinished run that is there.
         show: a progress bar on the terminal.
         say: told what runs before and after the steps.
@@ -68,8 +68,10 @@ def train(
     set_threads(config.threads)
     if config.steps == 0:
         return _Run(config, captured(config, say), say).score()
-    program = resumed(config) if resume else fresh(config, force, say)
-    run = _Run(config, program, say)
+    before = resumed(config) if resume else None
+    run = _Run(config, before or fresh(config, force, say), say)
+    if resume and before is None:
+        run.notes.append("there was no run to go on with: this is a new one")
     report = run.train(show)
     say(f"saving {config.out}")
     run.save(report)

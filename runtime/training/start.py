@@ -67,7 +67,7 @@ def fresh(config: TrainConfig, force: bool, say: Say) -> Program:
     """
     folder = run_folder(config)
     check_output(Path(config.out).expanduser().resolve(), force=force)
-    if folder.exists() and not force:
+    if (folder / CONFIG).exists() and not force:
         raise UsageError(f"{folder} holds a run that did not end",
                          fix="--resume goes on with it, --force starts again")  # fmt: skip
     program = captured(config, say)
@@ -76,21 +76,21 @@ def fresh(config: TrainConfig, force: bool, say: Say) -> Program:
     shutil.rmtree(folder, ignore_errors=True)
     say("saving the start of the run")
     save_bundle(program, folder / PROGRAM)
-    (folder / CONFIG).write_text(config.to_toml(), encoding="utf-8")
+    _write(folder / CONFIG, config.to_toml())  # last: from here on there is a run
     del program
     release()
     return load_bundle(folder / PROGRAM)
 
 
-def resumed(config: TrainConfig) -> Program:
-    """The program that the run in ``OUT.run`` started from.
+def resumed(config: TrainConfig) -> Program | None:
+    """The program that the run in ``OUT.run`` started from; None where no run was started.
 
     Raises:
-        UsageError: when there is no run, or it had other options.
+        UsageError: when the run had other options.
     """
     folder = run_folder(config)
     if not (folder / CONFIG).is_file() or not is_bundle(folder / PROGRAM):
-        raise UsageError(f"{folder} holds no run to go on with", fix="leave --resume out")
+        return None
     before = TrainConfig.of(read_config(folder / CONFIG), str(folder / CONFIG))
     for key in (k for k in vars(config) if k not in _FREE):
         old, new = getattr(before, key), getattr(config, key)
@@ -109,10 +109,17 @@ def same_data(folder: Path, fingerprint: str) -> None:
     """
     path = folder / DATA
     if not path.exists():
-        path.write_text(json.dumps({"sha256": fingerprint}), encoding="utf-8")
+        _write(path, json.dumps({"sha256": fingerprint}))
     elif json.loads(path.read_text(encoding="utf-8"))["sha256"] != fingerprint:
         raise UsageError("the data has changed since the run began",
                          fix="restore it, or start again: --force")  # fmt: skip
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def teacher(config: TrainConfig, objective: Objective, say: Say) -> Any:
