@@ -4,19 +4,18 @@ Each backend lowers them its own way; the functions here are the reference. They
 compute in float on integer values, exactly as far as float32 goes, so that a
 program drifts from its lowered form by rounding alone.
 
-``quantized_linear`` with ``activation="row"`` divides each row of ``x`` by its
-largest magnitude ``m``, quantizes all rows together to unsigned 8 bits the way
-ONNX's ``DynamicQuantizeLinear`` does, multiplies integers, and gives the rows
-their magnitudes back:
+``quantized_linear`` with ``activation="row"`` gives each row of ``x`` a step of its
+own, so that no row depends on those beside it: with ``m`` the row's largest magnitude,
 
-    y = m * (s_x s_w * (q_x - z_x) q_w^T) + b,   (q_x, s_x, z_x) = DQL(x / m)
+    y = m/127 * (s_w * (q_x q_w^T)) + b,    q_x = round(127 x / m)
 
-A per-tensor scale is ruined by one outlier row; this is a scale per row at the
-price of a scale per tensor. With ``activation="block"`` each group of a row is
-quantized by its own largest magnitude ``m``, symmetric, which is what
-onnxruntime's MatMulNBits does at accuracy level 4:
+``"block"`` does the same for each group of a row, which is what onnxruntime's
+MatMulNBits does at accuracy level 4:
 
-    x ~ round(127 x / m) m / 127
+    x ~ q_x m / 127
+
+and ``"tensor"`` is the step and zero point of ONNX's DynamicQuantizeLinear, one of
+each for all rows: a single outlier ruins it.
 
 The gradient towards ``x`` is that of the
 dequantized weight (straight through the rounding); weights get none.
@@ -32,6 +31,8 @@ from torch import Tensor
 from .quantize import dequantize as _dequantize
 
 ACTIVATIONS = ("none", "row", "tensor", "block")
+ROW_STEP = 1 / 127
+"""Of the codes of a row whose largest magnitude is 1."""
 
 
 @torch.library.custom_op("ftc::dequantize", mutates_args=())
@@ -105,7 +106,7 @@ def quantized_linear(
         seen = block_round(x, group_size) if activation == "block" else x
         return torch.nn.functional.linear(seen, weight, bias)
     peak = row_peak(x) if activation == "row" else None
-    codes, step = dynamic_quantize(x if peak is None else x * peak.reciprocal())
+    codes, step = dynamic_quantize(x) if peak is None else row_quantize(x, peak)
     if group_size == 0 and zero_point is None and bits == 8:
         y = torch.nn.functional.linear(codes, data.to(codes.dtype)) * (step * scale[:, 0])
     else:
@@ -133,6 +134,12 @@ def _(
 def row_peak(x: Tensor) -> Tensor:
     """Largest magnitude of each row, ``[..., 1]``; of zeros the smallest normal number."""
     return x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def row_quantize(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """``(q, 1/127)`` with ``x ~ q peak / 127``: integers in [-127, 127] as floats."""
+    step = torch.tensor(ROW_STEP, dtype=x.dtype)
+    return torch.round(x * peak.reciprocal() / step), step
 
 
 def block_round(x: Tensor, group_size: int) -> Tensor:

@@ -14,9 +14,11 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from ftc.graph.quantized_ops import ROW_STEP
 from ftc.graph.target import Kernel
 
 from .lower import IR_VERSION, OPSET
+from .lowering.blockwise import DOMAIN
 
 Array = np.ndarray[Any, Any]
 GROUP = 32
@@ -54,16 +56,15 @@ def _integer(tensors: dict[str, Array], inputs: int, outputs: int, rng: Any) -> 
         scale=np.full(outputs, 1e-3, np.float32),
         axis=np.array([-1]),
         tiny=np.array(np.finfo(np.float32).tiny),
+        step=np.array(ROW_STEP, np.float32),
+        zero=np.array(128, np.uint8),
     )
     return [
         _node("Abs", "x", "size"), _node("ReduceMax", "size axis", "most", keepdims=1),
         _node("Max", "most tiny", "peak"), _node("Reciprocal", "peak", "inverse"),
-        _node("Mul", "x inverse", "even"),
-        _node("DynamicQuantizeLinear", "even", "codes step zero"),
-        _node("MatMulInteger", "codes weight zero", "whole"),
-        _node("Cast", "whole", "moved", to=TensorProto.FLOAT), _node("Mul", "step scale", "steps"),
-        _node("Mul", "moved steps", "p"), _node("Mul", "p peak", "rows"),
-        _node("Add", "rows bias", "y"),
+        _node("Mul", "x inverse", "even"), _node("QuantizeLinear", "even step zero", "codes"),
+        _node("MatMulIntegerToFloat", "codes weight step scale zero", "p", domain=DOMAIN),
+        _node("Mul", "p peak", "rows"), _node("Add", "rows bias", "y"),
     ]  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def _blocked(
     )
     return [
         helper.make_node(
-            "MatMulNBits", ["x", "weight", "scale", "", "", "bias"], ["y"], domain="com.microsoft",
+            "MatMulNBits", ["x", "weight", "scale", "", "", "bias"], ["y"], domain=DOMAIN,
             K=inputs, N=outputs, bits=bits, block_size=GROUP, accuracy_level=4,
         )
     ]  # fmt: skip
@@ -95,7 +96,7 @@ def _session(nodes: list[Any], tensors: dict[str, Array], inputs: int, outputs: 
         [numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )  # fmt: skip
     domains = [onnx.OperatorSetIdProto(domain="", version=OPSET),
-               onnx.OperatorSetIdProto(domain="com.microsoft", version=1)]  # fmt: skip
+               onnx.OperatorSetIdProto(domain=DOMAIN, version=1)]  # fmt: skip
     model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -118,8 +118,20 @@ def test_products_of_one_input_quantize_it_once() -> None:
     program = Pipeline.parse("int8{min_size=1,select=product}").run(tiny("bert")).program
     found = kinds(lower(program))
     # queries, keys and values share one
-    assert found["MatMulInteger"] - found["DynamicQuantizeLinear"] == 2 * 2
-    assert found["DynamicQuantizeLinear"] == found["ReduceMax"]
+    assert found["MatMulIntegerToFloat"] - found["QuantizeLinear"] == 2 * 2
+    assert found["QuantizeLinear"] == found["ReduceMax"]
+
+
+@pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(dialect: Any) -> None:
+    program = Pipeline.parse("int8{min_size=1}").run(tiny("mlp")).program
+    run = OnnxSession(lower(program, dialect))
+    (probe,) = (program.signature.probe(seed=1, batch=5),)
+    (name,) = probe
+    rows = probe[name] * torch.tensor([1.0, 1e-3, 50.0, 1.0, 0.0]).unsqueeze(1)
+    together = next(iter(run({name: rows}).values()))
+    alone = torch.cat([next(iter(run({name: row}).values())) for row in rows.split(1)])
+    assert torch.equal(together, alone)
 
 
 class Quantized(nn.Module):

@@ -21,7 +21,7 @@ from ftc.graph.quantize import pack
 
 from .emitter import Emitter
 
-_DOMAIN = "com.microsoft"
+DOMAIN = "com.microsoft"
 _MOVED = "ftc.unsigned"
 _LEVEL = {"none": 0, "block": 4}
 
@@ -42,7 +42,7 @@ def block_linear(
     blocks = e.reshape(data, [rows, width // each, each])
     return e.op(
         "MatMulNBits", x, blocks, e.cast(scale, e.dtype(x)), _points(e, zero_point, bits), None,
-        bias, domain=_DOMAIN, dims=e.sizes.dims(e.out), K=width * 8 // bits, N=rows, bits=bits,
+        bias, domain=DOMAIN, dims=e.sizes.dims(e.out), K=width * 8 // bits, N=rows, bits=bits,
         block_size=group_size, accuracy_level=_LEVEL[activation],
     )  # fmt: skip
 
@@ -56,7 +56,7 @@ def block_rows(
     return e.op(
         "GatherBlockQuantized", _bytes(data, e, bits), indices, e.cast(scale, dtype),
         _points(e, zero_point, bits),
-        domain=_DOMAIN, dtype=dtype, dims=e.sizes.dims(e.out), bits=bits, block_size=group_size,
+        domain=DOMAIN, dtype=dtype, dims=e.sizes.dims(e.out), bits=bits, block_size=group_size,
         gather_axis=0, quantize_axis=1,
     )  # fmt: skip
 

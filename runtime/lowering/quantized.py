@@ -1,14 +1,21 @@
-"""ftc's quantized operators, in standard operators that onnxruntime fuses at load.
+"""ftc's quantized operators: in those that onnxruntime has a kernel for, or standard ones.
 
 With the activation quantized by row, ``m`` the largest magnitude of each row:
 
-    q, a, z = DynamicQuantizeLinear(x * (1 / m))
-    y = m * (Cast(MatMulInteger(q, W, z)) * (a * s)) + b
+    q = QuantizeLinear(x * (1 / m), 1/127, 128)
+    y = m * MatMulIntegerToFloat(q, W, 1/127, s, 128) + b
 
-``DynamicQuantizeLinear`` to the last product in the parenthesis are one kernel
-in onnxruntime, whatever the instruction set; the order of the operands is the
-one that its fusion looks for. Everything before the integer product is shared by
-products with the same input.
+The steps are constants, so no row depends on the rows beside it. In standard
+operators the product is ``Cast(MatMulInteger(q, W, 128)) * (1/127 * s)``, which
+onnxruntime does not fuse, since it folds the constants first: up to a tenth slower.
+With one scale for all rows it is
+
+    q, a, z = DynamicQuantizeLinear(x)
+    y = Cast(MatMulInteger(q, W, z)) * (a * s) + b
+
+which is one kernel, whatever the instruction set; the order of the operands is the
+one that onnxruntime's fusion looks for. Everything before the integer product is
+shared by products with the same input.
 
 A weight that is used in float is ``(Cast(codes) - z) * s``, which onnxruntime
 computes once, at load. ``DequantizeLinear`` would be computed in every run, and
@@ -22,9 +29,9 @@ from typing import Any
 import torch
 from onnx_ir import Value
 
-import ftc.graph.quantized_ops  # noqa: F401  (registers torch.ops.ftc)
+from ftc.graph.quantized_ops import ROW_STEP
 
-from .blockwise import block_linear, block_rows, has_kernel, nibbles
+from .blockwise import DOMAIN, block_linear, block_rows, has_kernel, nibbles
 from .emitter import Emitter
 from .table import lowers
 
@@ -91,7 +98,8 @@ def quantized_linear(
         if activation == "row":
             peak = _row_peak(e, x)
             x = e.op("Mul", x, e.op("Reciprocal", peak))
-        y = _integer_product(e, x, data, scale, zero_point, group_size)
+        codes = _row_codes(e, x) if peak is not None else _tensor_codes(e, x)
+        y = _integer_product(e, *codes, data, scale, zero_point, group_size)
     if peak is not None:
         y = e.op("Mul", y, peak)
     return y if bias is None else e.op("Add", y, bias)
@@ -124,21 +132,37 @@ def _row_peak(e: Emitter, x: Value) -> Value:
     return e.op("Max", largest, e.const(torch.finfo(e.dtype(x)).tiny, e.dtype(x)))
 
 
+def _row_codes(e: Emitter, x: Value) -> tuple[Value, Value, Value]:
+    """Codes uint8, step and zero point of ``x`` with rows in [-1, 1]."""
+    step, zero = e.const(ROW_STEP, e.dtype(x)), e.const(128, torch.uint8)
+    codes = e.op("QuantizeLinear", x, step, zero, dtype=torch.uint8)
+    return codes, step, zero
+
+
+def _tensor_codes(e: Emitter, x: Value) -> tuple[Value, Value, Value]:
+    """Codes uint8, step and zero point of ``x`` as a whole."""
+    kinds = (torch.uint8, e.dtype(x), torch.uint8)
+    codes, step, zero = e.op("DynamicQuantizeLinear", x, outputs=3, dtype=kinds)
+    return codes, step, zero
+
+
 def _integer_product(
-    e: Emitter, x: Value, data: Value, scale: Value, zero_point: Value | None, group_size: int
-) -> Value:
-    """``x W^T`` with ``x`` quantized as a whole."""
-    dtype = e.dtype(x)
-    codes, step, zero = e.op("DynamicQuantizeLinear", x, outputs=3,
-                             dtype=(torch.uint8, dtype, torch.uint8))  # fmt: skip
+    e: Emitter, codes: Value, step: Value, zero: Value, data: Value, scale: Value,
+    zero_point: Value | None, group_size: int,
+) -> Value:  # fmt: skip
+    """``x W^T`` with ``x = (codes - zero) step``."""
+    dtype = e.dtype(step)
     if group_size:
         centred = e.op("Sub", e.cast(codes, dtype), e.cast(zero, dtype))
         product = e.op("MatMul", centred, _float_weight(e, data, scale, zero_point, group_size))
         return e.op("Mul", product, step)
+    scale, weight = _flat(e, scale), e.transpose(data, [1, 0])
     weight_zero = None if zero_point is None else _flat(e, zero_point)
-    product = e.op("MatMulInteger", codes, e.transpose(data, [1, 0]), zero, weight_zero,
-                   dtype=torch.int32)  # fmt: skip
-    return e.op("Mul", e.cast(product, dtype), e.op("Mul", step, _flat(e, scale)))
+    if step.const_value is not None and not e.standard:
+        return e.op("MatMulIntegerToFloat", codes, weight, step, scale, zero, weight_zero,
+                    domain=DOMAIN, dtype=dtype)  # fmt: skip
+    product = e.op("MatMulInteger", codes, weight, zero, weight_zero, dtype=torch.int32)
+    return e.op("Mul", e.cast(product, dtype), e.op("Mul", step, scale))
 
 
 def _float_weight(
