@@ -5,6 +5,7 @@ See :mod:`ftc.runtime.predict` for how each task's outputs are read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from ftc.graph.errors import UsageError
 
 from .console import table
 from .engine import Engine
+from .lengths import cut_texts
 from .predict import Labelled, check_text_task, classify, embed, fill_masks, generate
 from .render import render_labels
-from .tensors import read_tensors
+from .tensors import out_of_range, read_tensors
+from .text import need_tokenizer
 
 Write = Callable[[str], None]
 _SHOWN = 4
@@ -39,6 +42,7 @@ class Answer:
         labelled: labels, or filled gaps, for each text.
         continuations: generated text, for each text.
         tensors: outputs by name, for tensors.
+        notes: what has to be known of the answer: texts that were cut.
     """
 
     engine: str
@@ -49,10 +53,12 @@ class Answer:
     labelled: tuple[tuple[Labelled, ...], ...] = ()
     continuations: tuple[str, ...] = ()
     tensors: dict[str, Tensor] | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: everything, unrounded."""
-        head: dict[str, Any] = {"engine": self.engine, "task": self.task, "texts": list(self.texts)}
+        head: dict[str, Any] = {"engine": self.engine, "task": self.task,
+                                "texts": list(self.texts), "notes": list(self.notes)}  # fmt: skip
         if self.vectors is not None:
             similarity = (self.vectors @ self.vectors.T).tolist()
             return {**head, "pooling": self.pooling, "embeddings": self.vectors.tolist(),
@@ -81,24 +87,28 @@ def answer_text(engine: Engine, texts: Sequence[str], *, most: int, write: Write
     program, task = engine.program, engine.program.signature.task
     check_text_task(program)
     asked = tuple(texts)
-    if task == "feature-extraction":
-        vectors, pooling = embed(engine, asked)
-        return Answer(engine.label, task, asked, vectors=vectors, pooling=pooling)
     if task == "causal-lm":
         found = tuple(_continue(engine, text, most, write) for text in asked)
         return Answer(engine.label, task, asked, continuations=found)
+    notes = tuple(map(str, cut_texts(program, asked, need_tokenizer(program))))
+    if task == "feature-extraction":
+        vectors, pooling = embed(engine, asked)
+        return Answer(engine.label, task, asked, vectors, pooling, notes=notes)
     ask = fill_masks if task in ("masked-lm", "pretraining") else classify
-    return Answer(engine.label, task, asked, labelled=tuple(tuple(ask(engine, t)) for t in asked))
+    labelled = tuple(tuple(ask(engine, text)) for text in asked)
+    return Answer(engine.label, task, asked, labelled=labelled, notes=notes)
 
 
 def _continue(engine: Engine, text: str, most: int, write: Write) -> str:
-    pieces = []
-    write(text)
-    for piece in generate(engine, text, most=most):
-        pieces.append(piece)
+    """Writes the text only with the first piece: a text that is refused is not shown."""
+    pieces = generate(engine, text, most=most)
+    said = [next(pieces, "")]
+    write(text + said[0])
+    for piece in pieces:
+        said.append(piece)
         write(piece)
     write("\n")
-    return "".join(pieces)
+    return "".join(said)
 
 
 def answer_tensors(engine: Engine, path: Path) -> Answer:
@@ -110,7 +120,12 @@ def answer_tensors(engine: Engine, path: Path) -> Answer:
     inputs = read_tensors(path, engine.program.signature)
     try:
         outputs = engine(inputs)
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (RuntimeError, IndexError, ValueError, UsageError) as error:
+        about_indices = re.search("index|indices", str(error))
+        if about_indices and (beyond := out_of_range(inputs, engine.program.signature)):
+            raise UsageError(f"{path}: {beyond[0]}", fix=beyond[1]) from error
+        if isinstance(error, UsageError):
+            raise
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in inputs.items())
         raise UsageError(
             f"the program does not run on {path}: {str(error).splitlines()[0]}",
@@ -128,6 +143,8 @@ def render_answer(answer: Answer, console: Console) -> None:
         render_labels(group, console)
     if answer.tensors is not None:
         _render_tensors(answer.tensors, console)
+    for note in answer.notes:
+        console.print(f"[yellow]note[/]: {escape(note)}")
     console.print(f"[dim]{escape(answer.engine)}[/]")
 
 

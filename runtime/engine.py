@@ -112,7 +112,11 @@ def set_threads(threads: int | None) -> None:
     if threads is None:
         return
     if not 1 <= threads <= 4 * (os.cpu_count() or 1):
-        raise UsageError(f"{threads} threads on {os.cpu_count()} cores", fix="use 1 or more")
+        cores = os.cpu_count() or 1
+        raise UsageError(
+            f"--threads {threads}: this machine has {cores} cores",
+            fix=f"--threads {cores}, or any number from 1 to {4 * cores}",
+        )
     torch.set_num_threads(threads)
 
 

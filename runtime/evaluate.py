@@ -9,7 +9,6 @@ compares sentence embeddings with those of another program, text by text.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,24 +20,18 @@ import torch
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Program
 
+from .console import plural
 from .engine import Engine
+from .examples import Example, read_examples
+from .lengths import cut_texts
 from .predict import embed, labels, logits_output
-from .text import encode, need_tokenizer, pad, read_file
+from .text import encode, need_tokenizer, pad
 
 METRICS = ("perplexity", "accuracy", "cosine")
 WINDOW = 128
 _TASKS = {"perplexity": "causal-lm", "accuracy": "sequence-classification",
           "cosine": "feature-extraction"}  # fmt: skip
 _BATCH = {"perplexity": 4, "accuracy": 16}
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One text, its label where the file has one, and where it stands."""
-
-    text: str
-    label: str | int | None
-    place: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,47 +57,6 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
-
-
-def read_examples(path: Path) -> list[Example]:
-    """Texts of a file: one JSON object a line in ``.jsonl``, else paragraphs.
-
-    Raises:
-        UsageError: naming the file and line of a row that cannot be used.
-    """
-    body = read_file(path)
-    if path.suffix in (".jsonl", ".ndjson"):
-        lines = enumerate(body.splitlines(), 1)
-        found = [_row(line, f"{path}:{n}") for n, line in lines if line.strip()]
-    else:
-        found, start = [], 1
-        for block in body.split("\n\n"):
-            if block.strip():
-                found.append(Example(" ".join(block.split()), None, f"{path}:{start}"))
-            start += block.count("\n") + 2
-    if not found:
-        raise UsageError(f"{path} is empty", fix="write a text, or JSON objects one a line")
-    return found
-
-
-def _row(line: str, place: str) -> Example:
-    fix = '{"text": "...", "label": "..."} on every line'
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"not a JSON object: {error}", where=place, fix=fix) from None
-    if not isinstance(row, dict):
-        raise UsageError(f"a JSON object is wanted, not {type(row).__name__}", where=place, fix=fix)
-    text = row.get("text")
-    if not isinstance(text, str) or not text.strip():
-        found = f"the row has {', '.join(map(repr, row)) or 'no field'}"
-        raise UsageError(
-            'the field "text" is missing or empty', where=f"{place} | {found}", fix=fix
-        )
-    label = row.get("label")
-    if not (label is None or isinstance(label, (str, int))) or isinstance(label, bool):
-        raise UsageError(f'"label" is {label!r}', where=place, fix="a name or a number")
-    return Example(text, label, place)
 
 
 def evaluate(
@@ -171,6 +123,22 @@ Measured = tuple[list[float], dict[str, float | int], str]
 Progress = Callable[[str], None]
 
 
+def _tokenizer(engine: Engine) -> Any:
+    """The tokenizer of a program, without which nothing can be evaluated on text.
+
+    Raises:
+        UsageError: when it has none.
+    """
+    try:
+        return need_tokenizer(engine.program)
+    except UsageError as error:
+        raise UsageError(
+            f"evaluation needs text: {error.what}",
+            fix="put tokenizer.json beside the model's config.json and compile again, "
+            "or evaluate it in Python",
+        ) from None
+
+
 def _perplexities(
     engines: Sequence[Engine],
     examples: Sequence[Example],
@@ -178,7 +146,7 @@ def _perplexities(
     limit: int | None,
     progress: Progress,
 ) -> Measured:
-    found = need_tokenizer(engines[0].program)
+    found = _tokenizer(engines[0])
     bound = engines[0].program.signature.limits.get("sequence", length)
     stream = found("\n\n".join(e.text for e in examples), add_special_tokens=False)["input_ids"]
     size = min(length, bound)
@@ -192,7 +160,8 @@ def _perplexities(
     details: dict[str, float | int] = {"tokens": tokens, "windows": len(windows), "window": size}
     if len(values) > 1:
         details["ratio"] = values[0] / values[1]
-    return values, details, f"{tokens:,} tokens in {len(windows)} windows of {size}"
+    data = f"{plural(tokens, 'token')} in {plural(len(windows), 'window')} of {size}"
+    return values, details, data
 
 
 def negative_log_likelihood(
@@ -235,7 +204,7 @@ def _accuracies(
     if len(guesses) > 1:
         same = sum(a == b for a, b in zip(*guesses, strict=True))
         details["agreement"] = same / len(chosen)
-    return values, details, f"{len(chosen):,} texts"
+    return values, details, _texts(engines[0], [example.text for example in chosen])
 
 
 def _label_id(example: Example, names: dict[int, str]) -> int:
@@ -264,7 +233,7 @@ def _label_id(example: Example, names: dict[int, str]) -> int:
 
 
 def _predicted(engine: Engine, texts: Sequence[str], progress: Progress) -> list[int]:
-    found, name = need_tokenizer(engine.program), engine.program.signature.output_names[0]
+    found, name = _tokenizer(engine), engine.program.signature.output_names[0]
     predicted: list[int] = []
     for start in range(0, len(texts), _BATCH["accuracy"]):
         batch = texts[start : start + _BATCH["accuracy"]]
@@ -282,6 +251,8 @@ def _cosines(
     progress: Progress,
 ) -> Measured:
     texts = [example.text for example in examples[:limit]]
+    for engine in engines:
+        _tokenizer(engine)
     vectors = []
     for engine in engines:
         progress(f"embedding {len(texts)} texts ({engine.label})")
@@ -293,4 +264,11 @@ def _cosines(
         )
     found = torch.nn.functional.cosine_similarity(*vectors, dim=-1)
     details: dict[str, float | int] = {"texts": len(texts), "least": float(found.min())}
-    return [float(found.mean())], details, f"{len(texts):,} texts"
+    return [float(found.mean())], details, _texts(engines[0], texts)
+
+
+def _texts(engine: Engine, texts: Sequence[str]) -> str:
+    """``12 texts, 2 of them cut at 512 tokens``"""
+    cut = cut_texts(engine.program, texts, _tokenizer(engine))
+    more = f", {len(cut)} of them cut at {cut[0].kept:,} tokens" if cut else ""
+    return plural(len(texts), "text") + more

@@ -28,6 +28,7 @@ from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 
 from .engine import Engine
+from .lengths import count_tokens, cut_texts
 from .text import encode, need_tokenizer, pad, rows
 
 TEXT_TASKS = ("feature-extraction", "masked-lm", "pretraining", "causal-lm",
@@ -89,8 +90,10 @@ def fill_masks(engine: Engine, text: str) -> list[Labelled]:
     inputs = encode(found, engine.program.signature, [text])
     places = (inputs["input_ids"][0] == mask_id).nonzero().flatten().tolist()
     if not places:
+        beyond = found.mask_token in text and cut_texts(engine.program, [text], found)
+        why = f" within the {beyond[0].kept} tokens that the program takes" if beyond else ""
         raise UsageError(
-            f"the text has no {found.mask_token} to fill",
+            f"the text has no {found.mask_token} to fill{why}",
             fix=f'--text "Paris is the {found.mask_token} of France."',
         )
     logits = engine(inputs)[logits_output(engine.program)][0].float()
@@ -107,11 +110,20 @@ def generate(engine: Engine, text: str, *, most: int) -> Iterator[str]:
     """Pieces of the greedy continuation of ``text``, at most ``most`` tokens, as they come.
 
     Ends early at the end-of-text token, or at the longest sequence of the program.
+
+    Raises:
+        UsageError: before the first piece, for a text that leaves no room for one.
     """
     program = engine.program
     found, name = need_tokenizer(program), logits_output(program)
+    limit = program.signature.limits.get("sequence")
+    if limit is not None and (length := count_tokens(text, found)) >= limit:
+        raise UsageError(
+            f"the text has {length:,} tokens, and the program takes {limit:,}, new ones included",
+            fix=f"give a text of fewer than {limit:,} tokens",
+        )
     tokens = rows(found, program.signature, [text])[0]
-    start, limit = len(tokens), program.signature.limits.get("sequence")
+    start = len(tokens)
     shown = ""
     while len(tokens) < start + most and (limit is None or len(tokens) < limit):
         logits = engine(pad([tokens], program.signature, found))[name]
@@ -138,10 +150,13 @@ def classify(engine: Engine, text: str) -> list[Labelled]:
 
 
 def labels(program: Program) -> dict[int, str]:
-    """``id2label`` of the configuration that came with the model; empty where there is none."""
+    """``id2label`` of the model's configuration; empty where there is none, or of another head."""
     config = _asset(program, "config.json")
     named = config.get("id2label") if isinstance(config, dict) else None
-    return {int(k): str(v) for k, v in named.items()} if isinstance(named, dict) else {}
+    classes = {spec.shape[-1] for spec in program.signature.outputs}
+    if not isinstance(named, dict) or len(named) not in classes:
+        return {}
+    return {int(k): str(v) for k, v in named.items()}
 
 
 def states_output(program: Program) -> str:

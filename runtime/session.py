@@ -1,8 +1,7 @@
 """onnxruntime behind tensors: a model on disk or in memory, run by name on the CPU.
 
 Whatever onnxruntime complains about becomes an error that names the model's own
-inputs, with the fix. onnxruntime warns about nodes that it removes while it
-optimizes; only errors are printed.
+inputs, with the fix; onnxruntime itself prints nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ftc.graph.errors import SourceError, UsageError, nearest
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4  # errors are raised too
 
 _KINDS = {
     "tensor(float)": torch.float32,
@@ -84,9 +83,9 @@ class OnnxSession:
         except Exception as error:
             sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise UsageError(
-                f"onnxruntime cannot run these inputs: {_first_line(error)}",
+                f"onnxruntime cannot run these inputs: {_reason(error)}",
                 where=sizes,
-                fix="give sizes within the model's limits",
+                fix="give sizes and indices within the model's limits",
             ) from error
         return {
             name: torch.from_numpy(np.asarray(result))
@@ -132,7 +131,7 @@ def _open(model: Any, threads: int | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
     where = None
@@ -150,11 +149,13 @@ def _open(model: Any, threads: int | None) -> Any:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise SourceError(
-            f"onnxruntime cannot load the model: {_first_line(error)}",
+            f"onnxruntime cannot load the model: {_reason(error)}",
             where=where,
             fix="lower the program again with `ftc export`",
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+def _reason(error: BaseException) -> str:
+    """The sentence of onnxruntime's first line that says what is wrong: the last one."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return line.rpartition("Status Message: ")[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -58,3 +59,15 @@ def _fit(tensors: dict[str, Tensor], signature: Signature, path: Path) -> dict[s
             tensors[spec.name] = given.to(spec.dtype)
     signature.bind(tensors)
     return tensors
+
+
+def out_of_range(inputs: Mapping[str, Tensor], signature: Signature) -> tuple[str, str] | None:
+    """The first input with an integer that the program does not know: what, and the fix."""
+    for spec in signature.inputs:
+        given = inputs.get(spec.name)
+        if given is None or given.is_floating_point() or given.dtype == torch.bool:
+            continue
+        wrong = given[(given < spec.low) | (given >= spec.high)]
+        if len(wrong):
+            return f"{spec.name} holds {int(wrong[0])}", f"use {spec.low} to {spec.high - 1}"
+    return None

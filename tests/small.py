@@ -51,6 +51,19 @@ def decoder(folder: Path) -> Path:
     return _with_tokenizer(folder)
 
 
+def short_decoder(folder: Path) -> Path:
+    """A GPT-2 of two layers that takes 16 tokens at most."""
+    import transformers
+
+    torch.manual_seed(0)
+    made = transformers.GPT2Config(
+        vocab_size=_SIZES["vocab_size"], n_embd=32, n_layer=2, n_head=4, n_positions=16,
+        bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    transformers.GPT2LMHeadModel(made).save_pretrained(folder)
+    return _with_tokenizer(folder)
+
+
 def _with_tokenizer(folder: Path) -> Path:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ftc.graph.errors import UsageError
 from ftc.runtime.bench import parse_shape, usual_shapes
 from ftc.runtime.console import count, duration, megabytes, small, spread
-from ftc.runtime.evaluate import read_examples
+from ftc.runtime.examples import read_examples
 from ftc.runtime.measure import Timing, interleaved, machine, noise, ratio
 from ftc.runtime.text import default_text, pad, read_text, takes_text
 from ftc.tests.tiny import tiny
