@@ -33,6 +33,19 @@ def observe(
             _Observer(program.module, watch).run(*program.signature.bind(given))
 
 
+def values(
+    program: Program, inputs: Mapping[str, Tensor], nodes: Iterable[fx.Node]
+) -> dict[fx.Node, Tensor]:
+    """The values of a few nodes in one run of ``program``."""
+    found: dict[fx.Node, Tensor] = {}
+
+    def keep(node: fx.Node) -> Watch:
+        return lambda value: found.__setitem__(node, value.clone())
+
+    observe(program, [inputs], {node: keep(node) for node in nodes})
+    return found
+
+
 class _Observer(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, watch: Mapping[fx.Node, Watch]) -> None:
         super().__init__(module, garbage_collect_values=True)

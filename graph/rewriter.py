@@ -14,7 +14,8 @@ nobody has to keep::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +26,7 @@ from . import shapes
 from .errors import PreconditionError
 from .program import Program, attach, detach
 from .provenance import KEY, Provenance, describe, provenance
+from .signature import Signature
 
 
 class Rewriter:
@@ -175,14 +177,46 @@ class Rewriter:
             )
         self.modified += 1
 
+    def redirect(self, old: fx.Node, new: fx.Node, users: Iterable[fx.Node]) -> None:
+        """Makes ``users`` read ``new`` instead of ``old``.
+
+        Unlike :meth:`replace` it takes a value of another shape: :meth:`refresh` then.
+        """
+        for user in users:
+            user.replace_input_with(old, new)
+        self.modified += 1
+
+    def set_outputs(self, values: Sequence[fx.Node]) -> None:
+        """Makes the program return ``values``; :meth:`set_signature` says what they are."""
+        output = self.graph.output_node()
+        output.args = (tuple(values),)
+        shapes.infer(output, self.module, self._mode)
+        self.modified += 1
+
+    def set_signature(self, signature: Signature) -> None:
+        """Gives the program another interface, which the graph must have by the end."""
+        self.program = dataclasses.replace(self.program, signature=signature)
+        self.modified += 1
+
     def erase(self, node: fx.Node) -> None:
         """Removes a node that nobody uses."""
         self.graph.erase_node(node)
         self.modified += 1
 
     def refresh(self) -> None:
-        """Computes all fake values again, after a pass changed the program's inputs or outputs."""
-        shapes.propagate(self.module, self.program.signature)
+        """Computes all fake values again, after a pass changed the program's inputs or sizes.
+
+        Raises:
+            PreconditionError: at the first node that does not fit its inputs any longer.
+        """
+        for node in self.graph.nodes:
+            node.meta.pop(shapes.VAL, None)
+        try:
+            shapes.propagate(self.module, self.program.signature)
+        except Exception as error:
+            node = next(n for n in self.graph.nodes if shapes.VAL not in n.meta)
+            what = f"{self.made_by}: {node.target} does not fit here: {error}"
+            raise PreconditionError(what, where=describe(node)) from error
         mode = shapes.fake_mode(self.graph)
         assert mode is not None
         self._mode = mode

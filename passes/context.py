@@ -9,7 +9,7 @@ the outputs after one pass are the outputs before the next.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
+from ftc.graph.signature import Signature
 from ftc.graph.target import Target, target
 
 Inputs = Mapping[str, Tensor]
@@ -56,11 +57,21 @@ class Context:
         return cls(**fields)
 
     def probes_for(self, program: Program) -> tuple[Inputs, ...]:
-        """The probes, or random ones where ``program`` takes other inputs than they give."""
+        """The probes, or random ones where ``program`` takes other inputs than they give.
+
+        Those that are too long for it are cut.
+        """
         names = set(program.signature.input_names)
         if self.probes and all(set(probe) == names for probe in self.probes):
-            return self.probes
+            return tuple(cut_to_limits(probe, program.signature) for probe in self.probes)
         return random_probes(program, self.seed)
+
+    def within(self, program: Program) -> Context:
+        """The same circumstances, with calibration inputs no longer than ``program`` takes."""
+        if not self.calibration or not program.signature.limits:
+            return self
+        cut = [cut_to_limits(given, program.signature) for given in self.calibration]
+        return replace(self, calibration=cut)  # and the same computed outputs
 
     def outputs(self, program: Program) -> tuple[dict[str, Tensor], ...]:
         """Outputs of ``program`` on each of its probes, computed once for one module.
@@ -89,6 +100,17 @@ def random_probes(program: Program, seed: int = 0) -> tuple[Inputs, ...]:
         legal = {d: min(n, signature.limits.get(d, n)) for d, n in wanted.items()}
         probes.append(signature.probe(seed=seed + index, **legal))
     return tuple(probes)
+
+
+def cut_to_limits(inputs: Inputs, signature: Signature) -> Inputs:
+    """Inputs without what lies beyond the largest legal sizes."""
+    made = dict(inputs)
+    for spec in signature.inputs:
+        for axis, dim in enumerate(spec.shape):
+            limit = signature.limits.get(dim) if isinstance(dim, str) else None
+            if limit is not None and spec.name in made and made[spec.name].shape[axis] > limit:
+                made[spec.name] = made[spec.name].narrow(axis, 0, limit)
+    return made
 
 
 def run_probe(program: Program, probe: Inputs) -> dict[str, Tensor]:

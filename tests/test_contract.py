@@ -29,14 +29,23 @@ from ftc.tests.tiny import custom, tiny
 
 REFUSED = {  # (the pass, a model that its defaults have nothing to do on)
     ("lora", "mlp"),
+    ("head", "mlp"),
+    ("head{task=token-classification,labels=5}", "mlp"),
+    ("prefix", "mlp"),
+    ("prefix{tokens=2}", "mlp"),
+    ("prompt", "mlp"),
+    ("prompt{tokens=2}", "mlp"),
 }
 SPECS = {  # beyond the defaults, which are always tested
     "freeze": ["freeze{train=product}", "freeze{train=none}"],
+    "head": ["head{task=token-classification,labels=5}"],
     "lora": [
         "lora{target=product,rank=2,dropout=0.1}",
         'lora{target="product - head",rank=2,init=pissa}',
     ],
     "lowrank": ["lowrank{ratio=0.5}", "lowrank{rank=3}"],
+    "prefix": ["prefix{tokens=2}"],
+    "prompt": ["prompt{tokens=2}"],
     "merge": ["merge{max_loss=0.1}"],
     "int4": ["int4{min_size=0,group_size=16}", "int4{min_size=0,group_size=16,symmetric=true}"],
     "int8": ["int8{min_size=0}", "int8{activation=none,min_size=0,reduce_range=false}"],
