@@ -37,7 +37,7 @@ class Cleanup(Pass):
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Forward: identities and repeats; backward: dead code."""
-        dead = _drop_dead(rw)
+        dead = drop_dead(rw)
         known: dict[Hashable, fx.Node] = {}
         identities = repeats = 0
         for node in list(rw.graph.nodes):
@@ -49,7 +49,7 @@ class Cleanup(Pass):
             elif (first := _first(known, node)) is not node:
                 rw.replace(node, first)
                 repeats += 1
-        dead += _drop_dead(rw)
+        dead += drop_dead(rw)
         for count, what in (
             (identities, "operators that did nothing"),
             (repeats, "repeated computations"),
@@ -59,7 +59,7 @@ class Cleanup(Pass):
                 rw.note(f"removed {count} {what}")
 
 
-def _drop_dead(rw: Rewriter) -> int:
+def drop_dead(rw: Rewriter) -> int:
     """Erases what nobody reads; returns how many nodes."""
     count = 0
     for node in reversed(rw.graph.nodes):
