@@ -22,6 +22,10 @@ _FLAG = {  # operator -> position of its boolean `training` argument
     aten.batch_norm.default: 5,
     aten.instance_norm.default: 5,
     aten.rrelu.default: 3,
+    aten.lstm.input: 6,
+    aten.gru.input: 6,
+    aten.rnn_tanh.input: 6,
+    aten.rnn_relu.input: 6,
 }
 _SDPA = aten.scaled_dot_product_attention.default
 _DROPOUT_P = 4
@@ -38,6 +42,17 @@ def set_mode(module: fx.GraphModule, *, training: bool) -> int:
         elif node.target is _SDPA:
             changed += _set_attention(node, training)
     return changed
+
+
+def draws_in_eval(graph: fx.Graph) -> bool:
+    """Whether a graph draws random numbers that no switch of mode turns off."""
+    return any(
+        node.op == "call_function"
+        and node.target not in _FLAG
+        and node.target is not _SDPA
+        and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        for node in graph.nodes
+    )
 
 
 def _set_argument(node: fx.Node, position: int, value: Any) -> bool:

@@ -113,7 +113,7 @@ class _Lowering:
             return out
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
         outer = e.node, e.out
-        e.out = out
+        args, kwargs, e.out = _in_fp32(e, (args, kwargs, out))
         if e.node is None:
             e.node = node
         try:
@@ -222,3 +222,19 @@ class _Lowering:
             metadata["decomposed"] = ", ".join(sorted(self.decomposed))
             _log.info("lowered through decompositions: %s", metadata["decomposed"])
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="ftc", metadata_props=metadata)
+
+
+def _in_fp32(e: Emitter, parts: Any) -> Any:
+    """bfloat16 values and fake values as fp32: onnxruntime has no kernels for it.
+
+    That is how torch computes with bfloat16 too; results are rounded to it again.
+    """
+
+    def widen(part: Any) -> Any:
+        if isinstance(part, Value) and e.dtype(part) == torch.bfloat16:
+            return e.cast(part, torch.float32)
+        if isinstance(part, Tensor) and part.dtype == torch.bfloat16:
+            return part.to(torch.float32)
+        return part
+
+    return torch.utils._pytree.tree_map(widen, parts)

@@ -6,8 +6,8 @@ numbers each, or a module written by hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,20 @@ import torch
 from torch import Tensor, nn
 
 _SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": 99,
-    "max_position_embeddings": 64,
-}
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "vocab_size": 99, "max_position_embeddings": 64,
+}  # fmt: skip
 _GROUPED = {**_SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
+_IMAGE = {**{k: v for k, v in _SMALL.items() if "position" not in k and "vocab" not in k},
+          "image_size": 16, "patch_size": 8}  # fmt: skip
+_FALCON = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+       "decoder_start_token_id": 0}  # fmt: skip
+_MODERN = {**_SMALL, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+           "sep_token_id": 2, "local_attention": 8, "global_attn_every_n_layers": 2}  # fmt: skip
+_DEBERTA = {**_SMALL, "pad_token_id": 0, "relative_attention": True, "position_buckets": 8,
+            "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm", "share_att_key": True,
+            "position_biased_input": False, "type_vocab_size": 0}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,16 +39,14 @@ class Family:
         name: as in the test's id.
         model: the class in transformers that has the weights and the task, or a function
             that returns ``(module, examples, dynamic)``.
-        config: class of the configuration in transformers, "" for a module by hand.
-        options: what makes it tiny.
         task: the task that capture must find.
+        options: of the configuration, that make it tiny.
     """
 
     name: str
     model: str | Callable[[], tuple[nn.Module, dict[str, Tensor], Any]]
     task: str
-    config: str = ""
-    options: dict[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> nn.Module:
         """Writes a random model as transformers would, and returns it in eval mode."""
@@ -50,8 +54,8 @@ class Family:
 
         assert isinstance(self.model, str)
         torch.manual_seed(0)
-        config = getattr(transformers, self.config)(**self.options or {})
-        model: nn.Module = getattr(transformers, self.model)(config).eval()
+        made: Any = getattr(transformers, self.model)
+        model: nn.Module = made(made.config_class(**self.options)).eval()
         for parameter in model.parameters():  # initial biases of 0 and scales of 1 hide mistakes
             parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
         model.save_pretrained(folder)
@@ -119,121 +123,63 @@ def mlp() -> tuple[nn.Module, dict[str, Tensor], Any]:
 
 
 FAMILIES = (
-    Family("bert", "BertForMaskedLM", "masked-lm", "BertConfig", _SMALL),
-    Family("bert-pretraining", "BertForPreTraining", "pretraining", "BertConfig", _SMALL),
-    Family(
-        "bert-tokens",
-        "BertForTokenClassification",
-        "token-classification",
-        "BertConfig",
-        {**_SMALL, "num_labels": 5},
-    ),
-    Family(
-        "roberta",
-        "RobertaModel",
-        "feature-extraction",
-        "RobertaConfig",
-        {**_SMALL, "max_position_embeddings": 66, "type_vocab_size": 1},
-    ),
-    Family(
-        "distilbert",
-        "DistilBertForSequenceClassification",
-        "sequence-classification",
-        "DistilBertConfig",
-        {
-            "dim": 32,
-            "n_layers": 2,
-            "n_heads": 4,
-            "hidden_dim": 48,
-            "vocab_size": 99,
-            "max_position_embeddings": 64,
-        },
-    ),
-    Family(
-        "albert",
-        "AlbertForMaskedLM",
-        "masked-lm",
-        "AlbertConfig",
-        {**_SMALL, "embedding_size": 16, "hidden_dropout_prob": 0.1},
-    ),
-    Family(
-        "electra",
-        "ElectraModel",
-        "feature-extraction",
-        "ElectraConfig",
-        {**_SMALL, "embedding_size": 16},
-    ),
-    Family(
-        "xlnet",
-        "XLNetLMHeadModel",
-        "causal-lm",
-        "XLNetConfig",
-        {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
-    ),
-    Family(
-        "gpt2",
-        "GPT2LMHeadModel",
-        "causal-lm",
-        "GPT2Config",
-        {
-            "vocab_size": 99,
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 64,
-            "bos_token_id": 1,
-            "eos_token_id": 1,
-        },
-    ),
-    Family(
-        "opt",
-        "OPTForCausalLM",
-        "causal-lm",
-        "OPTConfig",
-        {
-            "vocab_size": 99,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "ffn_dim": 48,
-            "max_position_embeddings": 64,
-            "word_embed_proj_dim": 32,
-        },
-    ),
-    Family(
-        "llama",
-        "LlamaForCausalLM",
-        "causal-lm",
-        "LlamaConfig",
-        {**_GROUPED, "tie_word_embeddings": True},
-    ),
-    Family("qwen2", "Qwen2ForCausalLM", "causal-lm", "Qwen2Config", _GROUPED),
-    Family(
-        "mistral",
-        "MistralModel",
-        "feature-extraction",
-        "MistralConfig",
-        {**_GROUPED, "sliding_window": 8},
-    ),
-    Family("phi", "PhiForCausalLM", "causal-lm", "PhiConfig", _SMALL),
-    Family(
-        "t5",
-        "T5EncoderModel",
-        "feature-extraction",
-        "T5Config",
-        {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
-    ),
-    Family(
-        "vit",
-        "ViTForImageClassification",
-        "image-classification",
-        "ViTConfig",
-        {
-            **{k: v for k, v in _SMALL.items() if "position" not in k and "vocab" not in k},
-            "image_size": 16,
-            "patch_size": 8,
-        },
-    ),
+    Family("bert", "BertForMaskedLM", "masked-lm", _SMALL),
+    Family("bert-pretraining", "BertForPreTraining", "pretraining", _SMALL),
+    Family("bert-tokens", "BertForTokenClassification", "token-classification",
+           {**_SMALL, "num_labels": 5}),
+    Family("roberta", "RobertaModel", "feature-extraction",
+           {**_SMALL, "max_position_embeddings": 66, "type_vocab_size": 1}),
+    Family("distilbert", "DistilBertForSequenceClassification", "sequence-classification",
+           {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 99,
+            "max_position_embeddings": 64}),
+    Family("albert", "AlbertForMaskedLM", "masked-lm",
+           {**_SMALL, "embedding_size": 16, "hidden_dropout_prob": 0.1}),
+    Family("electra", "ElectraModel", "feature-extraction", {**_SMALL, "embedding_size": 16}),
+    Family("mpnet", "MPNetForMaskedLM", "masked-lm", {**_SMALL, "max_position_embeddings": 66}),
+    Family("modernbert", "ModernBertForMaskedLM", "masked-lm", _MODERN),
+    Family("deberta-v2", "DebertaV2ForMaskedLM", "masked-lm", _DEBERTA),
+    Family("xlnet", "XLNetLMHeadModel", "causal-lm",
+           {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+    Family("gpt2", "GPT2LMHeadModel", "causal-lm",
+           {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+            "bos_token_id": 1, "eos_token_id": 1}),
+    Family("opt", "OPTForCausalLM", "causal-lm",
+           {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}),
+    Family("llama", "LlamaForCausalLM", "causal-lm", {**_GROUPED, "tie_word_embeddings": True}),
+    Family("qwen2", "Qwen2ForCausalLM", "causal-lm", _GROUPED),
+    Family("qwen3", "Qwen3ForCausalLM", "causal-lm", {**_GROUPED, "head_dim": 8}),
+    Family("gemma2", "Gemma2ForCausalLM", "causal-lm",
+           {**_GROUPED, "head_dim": 8, "sliding_window": 8}),
+    Family("olmo2", "Olmo2ForCausalLM", "causal-lm", _GROUPED),
+    Family("mistral", "MistralModel", "feature-extraction", {**_GROUPED, "sliding_window": 8}),
+    Family("phi", "PhiForCausalLM", "causal-lm", _SMALL),
+    Family("gpt-neox", "GPTNeoXForCausalLM", "causal-lm", _SMALL),
+    Family("gpt-neox-classes", "GPTNeoXForSequenceClassification", "sequence-classification",
+           {**_SMALL, "pad_token_id": 0}),
+    Family("bloom", "BloomForCausalLM", "causal-lm",
+           {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    Family("falcon", "FalconForCausalLM", "causal-lm", _FALCON),
+    Family("falcon-grouped", "FalconForCausalLM", "causal-lm",
+           {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    Family("falcon-alibi", "FalconForCausalLM", "causal-lm",
+           {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False}),
+    Family("mixtral", "MixtralForCausalLM", "causal-lm", {**_GROUPED, "num_local_experts": 4}),
+    Family("t5", "T5ForConditionalGeneration", "seq2seq-lm", _T5),
+    Family("t5-encoder", "T5EncoderModel", "feature-extraction", _T5),
+    Family("vit", "ViTForImageClassification", "image-classification", _IMAGE),
+    Family("swin", "SwinForImageClassification", "image-classification",
+           {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1],
+            "num_heads": [2, 2], "window_size": 4}),
+    Family("resnet", "ResNetForImageClassification", "image-classification",
+           {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "num_labels": 3}),
+    Family("convnext", "ConvNextForImageClassification", "image-classification",
+           {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32}),
     Family("cnn", cnn, "module"),
     Family("mlp", mlp, "module"),
-)
+)  # fmt: skip
+
+
+def family(name: str) -> Family:
+    """The family of that name."""
+    return next(f for f in FAMILIES if f.name == name)

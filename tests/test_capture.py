@@ -57,6 +57,29 @@ class Casts(nn.Module):
             return self.a(x)
 
 
+class Loops(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        state, states = x[:, 0], []
+        for place in range(x.shape[1]):
+            state = torch.tanh(state + x[:, place])
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+class Depth(nn.Module):
+    """Stochastic depth: in train mode a whole branch is left out at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.a(x))
+        if self.training:
+            y = y * (torch.rand(x.shape[0], 1) < 0.5)
+        return x + y
+
+
 class Dropped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -97,6 +120,27 @@ def test_what_cannot_be_captured_names_its_line(model: nn.Module, words: str) ->
         capture_module(model, torch.randn(3, 4))
     assert caught.value.fix
     assert caught.value.where and ".py:" in caught.value.where
+
+
+def test_a_loop_over_positions_names_its_line_and_its_size() -> None:
+    example, dynamic = torch.randn(2, 7, 3), {"x": {0: "batch", 1: "length"}}
+    with pytest.raises(CaptureError, match="length = 7") as caught:
+        capture_module(Loops(), example, dynamic=dynamic)
+    assert "range(x.shape[1])" in caught.value.where
+    assert "{'x': {0: 'batch'}}" in caught.value.fix
+    program = capture_module(Loops(), example, dynamic={"x": {0: "batch"}})
+    x = torch.randn(3, 7, 3)
+    torch.testing.assert_close(program(x=x)["output"], Loops()(x))
+
+
+def test_noise_of_the_train_mode_is_not_kept() -> None:
+    torch.manual_seed(0)
+    model = Depth()
+    program = capture_module(model, torch.randn(4, 4))
+    assert "random numbers" in program.notes[0]
+    x = torch.randn(6, 4)
+    torch.testing.assert_close(program(x=x)["output"], model.eval()(x))
+    assert set_mode(program.module, training=True) == 1
 
 
 def test_train_mode_is_a_rewrite_that_comes_back() -> None:

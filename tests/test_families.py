@@ -21,7 +21,10 @@ from ftc.runtime.session import OnnxSession
 from .families import FAMILIES, Family
 
 TOLERANCE = 1e-4
-SHAPES = ({"batch": 1, "sequence": 5}, {"batch": 3, "sequence": 21})
+SHAPES = (
+    {"batch": 1, "sequence": 5, "decoder_sequence": 3},
+    {"batch": 3, "sequence": 21, "decoder_sequence": 11},
+)
 
 
 @dataclass(frozen=True)

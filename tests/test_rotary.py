@@ -16,7 +16,7 @@ from ftc.runtime.lower import lower
 from ftc.runtime.lowering.rotary import find_rotary
 from ftc.runtime.parity import parity
 from ftc.runtime.session import OnnxSession
-from ftc.tests.families import FAMILIES
+from ftc.tests.families import family
 
 
 def kinds(program: Program) -> Counter[str]:
@@ -34,7 +34,7 @@ def agree(program: Program) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "phi"])
 def test_two_a_layer_in_every_family_that_has_them(name: str, tmp_path: Path) -> None:
-    next(f for f in FAMILIES if f.name == name).save(tmp_path)
+    family(name).save(tmp_path)
     program = capture(str(tmp_path))
     found = kinds(program)
     assert found["RotaryEmbedding"] == 4

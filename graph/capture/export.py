@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ftc.graph.errors import CaptureError
+from ftc.graph.mode import draws_in_eval
+
+from .fixed import explain_fixed
 
 Dynamic = Mapping[str, Mapping[int, str]]
 
@@ -46,18 +49,22 @@ def export(
     try:
         model.train()
         try:
-            return _trace(model, inputs, dynamic, strict_dims, notes), notes
+            program = _trace(model, inputs, dynamic, strict_dims, notes)
+            why = "draws random numbers by itself" if draws_in_eval(program.graph) else ""
         except CaptureError:
+            why = "does not trace"
+        if why:
+            notes.clear()
             model.eval()
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.training = True
             program = _trace(model, inputs, dynamic, strict_dims, notes)
             notes.append(
-                "captured in eval mode, since the train mode does not trace: only plain "
+                f"captured in eval mode, since the train mode {why}: only plain "
                 "dropout layers can be switched on again for training"
             )
-            return program, notes
+        return program, notes
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -73,12 +80,14 @@ def _trace(
     try:
         return _export(model, inputs, dynamic, Dim.DYNAMIC)
     except Exception as error:
-        if strict_dims or "specialized" not in str(error):
+        if "specialized" not in str(error):
             raise _explain(error, model) from error
     try:
         program = _export(model, inputs, dynamic, Dim.AUTO)
     except Exception as error:
         raise _explain(error, model) from error
+    if strict_dims:
+        raise explain_fixed(program, dynamic, lambda file: not _is_machinery(file))
     notes.append("the model fixes a dimension that would be dynamic by default")
     return program
 
@@ -100,7 +109,7 @@ def _export(
 
 
 _ROOMS = tuple(  # not the root itself: a virtual environment may lie in it
-    f"{Path(__file__).resolve().parents[1] / room}/" for room in ("graph", "passes", "runtime")
+    f"{Path(__file__).resolve().parents[2] / room}/" for room in ("graph", "passes", "runtime")
 )
 
 
@@ -119,7 +128,10 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
         fix = "leave that dimension out of `dynamic`, or compute with x.shape instead of constants"
     else:
         what = f"{type(model).__name__} does not trace: {_first_line(text)}"
-        fix = "see the line above; `--debug` shows torch's own report"
+        fix = (
+            "torch.export cannot follow that line: change it, or capture the part of the model "
+            "around it; `--debug` shows torch's own report"
+        )
     return CaptureError(what, where=line, fix=fix)
 
 

@@ -92,7 +92,7 @@ def build(
             )
     except Exception as error:
         raise SourceError(
-            f"transformers cannot load the weights: {_first(error)}",
+            f"transformers cannot load the weights: {first_line(error)}",
             where=where,
             fix="check that config.json and the weights belong to one model",
         ) from error
@@ -163,7 +163,7 @@ def read_config(folder: Path) -> Any:
                 folder, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:
-        raise SourceError(f"{file}: {_first(error)}", fix="correct that entry") from error
+        raise SourceError(f"{file}: {first_line(error)}", fix="correct that entry") from error
 
 
 def _check_kind(file: Path, raw: dict[str, Any]) -> None:
@@ -193,7 +193,7 @@ def choose_task(config: Any, task: str | None) -> tuple[str, tuple[str, ...]]:
     """
     notes: tuple[str, ...] = ()
     if task is None:
-        task, note = default_task(getattr(config, "architectures", None))
+        task, note = default_task(config)
         notes = (note,) if note else ()
     if not supports(task, config):
         raise UsageError(
@@ -263,7 +263,8 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first; its kind, where it says nothing."""
     return next(
         (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
     )

@@ -12,7 +12,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,12 +22,18 @@ from torch import nn
 from ftc.graph.bundle import is_bundle, load_bundle
 from ftc.graph.capture import Examples, capture_exported, capture_module, drop_outputs
 from ftc.graph.capture.export import Dynamic
-from ftc.graph.errors import SourceError, UsageError, nearest
+from ftc.graph.errors import CaptureError, SourceError, UsageError, nearest
 from ftc.graph.program import Program
 
+from .experts import dense_experts
 from .factory import call_factory, is_factory
+from .inputs import Inputs, default_inputs, missing_inputs
+from .padding import take_padding
 from .safety import PICKLES, refuse_pickle
-from .tasks import FEATURES, check_task, default_inputs
+from .tasks import FEATURES, check_task
+
+if TYPE_CHECKING:
+    from .huggingface import Loaded
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -100,15 +108,17 @@ def _module(
             else "capture(module, examples={name: tensor, ...})"
         )
         raise UsageError(what, fix=fix)
-    return capture_module(
-        module,
-        examples,
-        dynamic=dynamic,
-        task=task or "module",
-        limits=limits,
-        ranges=ranges,
-        masks=masks,
-    )
+    with dense_experts(module) as notes:
+        program = capture_module(
+            module,
+            examples,
+            dynamic=dynamic,
+            task=task or "module",
+            limits=limits,
+            ranges=ranges,
+            masks=masks,
+        )
+    return replace(program, notes=(*notes, *program.notes))
 
 
 def _files(
@@ -125,23 +135,53 @@ def _files(
         loaded, assets = load_folder(file.parent, task), file.parent
     else:
         raise _unreadable(file)
-    inputs = default_inputs(loaded.model)
-    by_default = None if examples is not None else inputs.dynamic
-    program = capture_module(
+    program = _pretrained(loaded, assets, examples, dynamic)
+    if loaded.task == FEATURES and loaded.missing:
+        program = drop_outputs(program, loaded.missing)
+    read = frozenset(name for name, _ in program.tensors())
+    check_missing(loaded, read, str(path))
+    return replace(program, notes=(*loaded.notes, *program.notes))
+
+
+def _pretrained(
+    loaded: Loaded, assets: Path, examples: Examples | None, dynamic: Dynamic | None
+) -> Program:
+    """The program of a model of transformers, on its default inputs where none are given."""
+    inputs = _inputs(loaded, assets, examples)
+    traced = partial(
+        capture_module,
         loaded.model,
         inputs.examples if examples is None else examples,
-        dynamic=dynamic or by_default,
+        dynamic=dynamic or (inputs.dynamic if examples is None else None),
         task=loaded.task,
         limits=inputs.limits,
         ranges=inputs.ranges,
         masks=inputs.masks,
         assets=assets,
     )
-    if loaded.task == FEATURES and loaded.missing:
-        program = drop_outputs(program, loaded.missing)
-    read = frozenset(name for name, _ in program.tensors())
-    check_missing(loaded, read, str(path))
-    return replace(program, notes=(*loaded.notes, *program.notes))
+    notes = inputs.notes
+    with dense_experts(loaded.model) as note:
+        notes += note
+        try:
+            program = traced()
+        except CaptureError as error:
+            if not (padding := take_padding(loaded.model, assets, error)):
+                raise missing_inputs(loaded.model, inputs, error) from error
+            notes += padding
+            program = traced()
+    return replace(program, notes=(*notes, *program.notes))
+
+
+def _inputs(loaded: Loaded, assets: Path, examples: Examples | None) -> Inputs:
+    """What the model's inputs look like; nothing, where only the caller's examples tell."""
+    try:
+        return default_inputs(
+            loaded.model, loaded.task, assets.parent if assets.is_file() else assets
+        )
+    except SourceError:
+        if examples is None:
+            raise
+        return Inputs({}, {})
 
 
 def _model_file(folder: Path) -> Path:

@@ -8,6 +8,7 @@ Nothing is read before text is asked for.
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ftc.graph.errors import SourceError
 from ftc.graph.program import Program
 
 from .gguf_header import VOCABULARY, read_header
-from .huggingface import quiet
+from .huggingface import first_line, quiet
 
 ASSETS = (
     "config.json",
@@ -49,6 +50,13 @@ _VOCABULARIES = (
     "tokenizer.model",
     "sentencepiece.bpe.model",
 )
+_TOKENIZER_FILES = (
+    *_VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+)
 
 
 def tokenizer(source: Program | Path | None) -> Any:
@@ -56,6 +64,9 @@ def tokenizer(source: Program | Path | None) -> Any:
 
     Returns:
         A tokenizer of transformers.
+
+    Raises:
+        SourceError: naming the file, when it is there and cannot be read.
     """
     place = source.assets if isinstance(source, Program) else source
     if place is None:
@@ -66,8 +77,35 @@ def tokenizer(source: Program | Path | None) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    with quiet():
-        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(
+                place, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        raise _damaged(place, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> SourceError:
+    """The error for a tokenizer that does not load, with the file that is to blame."""
+    present = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    for file in present:
+        if file.suffix == ".json" and (why := _not_an_object(file)):
+            return SourceError(f"{file} {why}", fix="copy it again from the model's source")
+    blamed = next(file for file in present if file.name in _VOCABULARIES)
+    return SourceError(
+        f"transformers cannot read the tokenizer in {blamed}: {first_line(error)}",
+        fix=f"copy {', '.join(file.name for file in present)} again from the model's source",
+    )
+
+
+def _not_an_object(file: Path) -> str:
+    """What is wrong with a file that has to be a JSON object; nothing where it is one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        return f"is not valid JSON: {error}"
+    return "" if isinstance(content, dict) else "is not a JSON object"
 
 
 @functools.lru_cache(maxsize=1)
