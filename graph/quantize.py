@@ -24,6 +24,14 @@ from torch import Tensor
 
 from .errors import PreconditionError
 
+PAIR = 128
+"""A CPU with AVX2 and no VNNI multiplies ``u8`` by ``s8``, and adds the products of inputs
+``2 j`` and ``2 j + 1`` in 16 bits, which saturate: ``255 (|a| + |b|) <= 32767`` has to hold.
+Codes within [-64, 64] (what onnxruntime calls a reduced range) keep it for any two; the
+largest *sum* of a row is far below twice the largest weight, so bounding the sum gives a
+step that is a third smaller."""
+_ALMOST = PAIR - 0.1  # so that two codes which are both rounded up stay within it
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
@@ -33,9 +41,8 @@ class Scheme:
         bits: 4 or 8; the width that is stored.
         group_size: elements that share a scale along a row; 0 is the whole row.
         symmetric: no zero point.
-        reduce_range: at 8 bits use only ``[-64, 64]``. A CPU with AVX2 and no
-            VNNI adds two products ``u8 * s8`` in 16 bits, which saturate beyond
-            ``32767 / (2 * 255)``, a weight of 64 (onnxruntime's name for it).
+        reduce_range: at 8 bits keep the sum of two neighbours' magnitudes within 128
+            (:data:`PAIR`), which costs half a bit to one bit.
     """
 
     bits: int = 8
@@ -46,8 +53,6 @@ class Scheme:
     @property
     def qmax(self) -> int:
         """Largest magnitude of a symmetric code."""
-        if self.reduce_range and self.bits == 8:
-            return 64
         return int(2 ** (self.bits - 1)) - 1
 
 
@@ -68,7 +73,10 @@ def choose_qparams(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | Non
     groups = _groups(weight, scheme.group_size)
     if scheme.symmetric:
         peak = groups.abs().amax(-1)
-        return _positive(peak / scheme.qmax, peak), None
+        scale = peak / scheme.qmax
+        if scheme.reduce_range and scheme.bits == 8:
+            scale = torch.maximum(scale, _largest_pair(groups) / _ALMOST)
+        return _positive(scale, peak), None
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = _positive((high - low) / (2**scheme.bits - 1), high - low)
     zero = torch.round(-low / scale) - 2 ** (scheme.bits - 1)
@@ -111,6 +119,11 @@ def pack(codes: Tensor) -> Tensor:
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
 
 
+def is_reduced(codes: Tensor) -> bool:
+    """Whether codes of 8 bits ``[out, ...]`` have a reduced range (:data:`PAIR`)."""
+    return bool((_largest_pair(codes.flatten(1).to(torch.int16)) <= PAIR).all())
+
+
 def unpack(data: Tensor) -> Tensor:
     """The inverse of :func:`pack`: int8 ``[..., 2 n]`` of uint8 ``[..., n]``."""
     nibbles = torch.stack((data & 15, data >> 4), -1).flatten(-2)
@@ -133,6 +146,12 @@ def _groups(weight: Tensor, group_size: int) -> Tensor:
             fix=f"choose a divisor of {width}, or 0 for one group a row",
         )
     return rows.reshape(weight.shape[0], width // size, size)
+
+
+def _largest_pair(groups: Tensor) -> Tensor:
+    """Largest ``|a| + |b|`` of inputs ``2 j`` and ``2 j + 1`` in each group ``[..., size]``."""
+    sizes = torch.nn.functional.pad(groups.abs(), (0, groups.shape[-1] % 2))
+    return (sizes[..., 0::2] + sizes[..., 1::2]).amax(-1)
 
 
 def _positive(scale: Tensor, spread: Tensor) -> Tensor:

@@ -83,6 +83,11 @@ class Int4(Pass):
                 f"int4{{group_size={self.group_size}}}: groups are 16, 32, 64, 128 or 256 weights",
                 fix="int4{group_size=32}",
             )
+        if self.min_size < 0:
+            raise UsageError(
+                f"int4{{min_size={self.min_size}}}: a number of elements, 0 or more",
+                fix="int4{min_size=2048}",
+            )
         if self.max_error is not None and (self.max_error <= 0 or self.method != "gptq"):
             raise UsageError(
                 f"int4{{max_error={self.max_error}}}: an error above 0, which only gptq measures",

@@ -7,12 +7,13 @@ Weights are symmetric, one scale a row (output channel, or table row):
 
     s_i = max_j |W_ij| / q_max,    q_ij = round(W_ij / s_i)
 
-The defaults are those that are never silently wrong. ``q_max`` of an integer
-product is 64 and not 127, because a CPU with AVX2 but no VNNI adds pairs of
-products in 16 bits and saturates beyond that; every row of activations gets its
-own scale, because with one scale for all a single outlier row destroys a language
-model; and outlier channels are moved into the weights first (``smooth``), which
-costs nothing.
+The defaults are those that are never silently wrong. The step of an integer
+product is larger than ``q_max = 127`` needs where two neighbours' codes would sum
+to more than 128, because a CPU with AVX2 but no VNNI adds pairs of products in 16
+bits and saturates beyond that; every row of activations gets its own scale, because
+with one scale for all a single outlier row destroys a language model; and outlier
+channels are moved into the weights first (``smooth``), which costs nothing, or
+spread over their neighbours where that is not enough (``rotate``).
 
 Where few rows are multiplied at once another kernel is faster: weights in groups
 of 32, activations quantized group by group (``blocked``); and a product may be so
@@ -65,15 +66,15 @@ class Int8(Pass):
         kernel: ``integer`` (a scale for each channel), ``blocked`` (for each 32 weights
             of one), ``float`` (left as it is), or ``auto``: the fastest for the target
             and the shapes.
-        reduce_range: use only [-64, 64] of the weights' 8 bits in integer products,
-            which is right on machines without VNNI as well; ``auto`` does so unless
-            the target has it.
+        reduce_range: keep the sum of two neighbours' codes within 128 in integer
+            products, which is right on machines without VNNI as well; ``auto`` does so
+            unless the target has it.
         min_size: leave weights with fewer elements as they are.
     """
 
     name: ClassVar[str] = "int8"
     effect: ClassVar[Effect] = Effect.APPROXIMATE
-    needs: ClassVar[frozenset[str]] = frozenset({"canonical", "smooth"})
+    needs: ClassVar[frozenset[str]] = frozenset({"canonical", "smooth", "rotated"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
 
     select: str = "product | embedding"
@@ -83,6 +84,11 @@ class Int8(Pass):
     min_size: int = 2048
 
     def __post_init__(self) -> None:
+        if self.min_size < 0:
+            raise UsageError(
+                f"int8{{min_size={self.min_size}}}: a number of elements, 0 or more",
+                fix="int8{min_size=2048}",
+            )
         if self.activation == "none" and self.kernel in ("integer", "blocked"):
             raise UsageError(
                 f"int8{{activation=none,kernel={self.kernel}}}: that kernel quantizes activations",
@@ -181,10 +187,10 @@ def _scheme(kernel: str, narrow: bool, readers: list[fx.Node]) -> Scheme:
 def _range_note(target: Target, narrow: bool) -> str:
     if narrow:
         return (
-            "integer products use [-64, 64] of a weight's bits, which no machine saturates; "
-            "--target native uses all where the machine has VNNI"
+            "neighbouring codes of integer products sum to 128 at most, which no machine "
+            "saturates; --target native uses all 8 bits where the machine has VNNI"
         )
-    wrong = "integer products use [-127, 127]: wrong on machines with AVX2 and no VNNI"
+    wrong = "integer products use all 8 bits: wrong on machines with AVX2 and no VNNI"
     return wrong if target.wide else f"{wrong}, which target {target.name} allows for"
 
 

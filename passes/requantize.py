@@ -16,7 +16,7 @@ from ftc.graph.cost import argument
 from ftc.graph.errors import PreconditionError
 from ftc.graph.products import plain_input
 from ftc.graph.provenance import describe
-from ftc.graph.quantize import Scheme, dequantize, pack
+from ftc.graph.quantize import Scheme, dequantize, is_reduced, pack
 from ftc.graph.rewriter import Rewriter
 
 from .rounding import to_nearest
@@ -63,7 +63,7 @@ def _values(rw: Rewriter, coded: fx.Node, width: int) -> tuple[Scheme, Tensor]:
     bits, group = int(argument(coded, "bits")), int(argument(coded, "group_size"))
     values = dequantize(data, scale, zero, bits).double()
     columns = values.flatten(1)
-    narrow = bits == 8 and not group and int(data.abs().max()) <= Scheme(reduce_range=True).qmax
+    narrow = bits == 8 and not group and is_reduced(data)
     extended = columns.shape[1] > width
     if extended:
         sums = columns[:, width : width + width // group].repeat_interleave(group, 1)
