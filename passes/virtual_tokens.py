@@ -17,7 +17,7 @@ from ftc.graph.errors import PreconditionError
 from ftc.graph.observe import values
 from ftc.graph.prepend import Prepending
 from ftc.graph.program import Program
-from ftc.graph.provenance import provenance
+from ftc.graph.provenance import describe, provenance
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.sequence import POSITIONS, find_sequence, token_inputs
 from ftc.graph.sequence import Sequence as TokenSequence
@@ -62,6 +62,18 @@ class Attentions:
                 fix="choose lora or freeze to train it",
             )
         self.places = tuple(_places(self._flow))
+        for place in self.places:
+            self._check(place)
+
+    def _check(self, place: Place) -> None:
+        """Refuses an attention to another sequence, whose keys are not in step with its queries."""
+        lengths = [value(node).shape[-2] for node in (place.raw.q, place.keys.node)]
+        if self.sequence is not None and not all(map(self.sequence.is_length, lengths)):
+            raise PreconditionError(
+                f"{self._rw.made_by}: the model reads two sequences (an encoder and a decoder)",
+                where=describe(place.raw.node),
+                fix="use prompt, which goes before the encoder's, or lora",
+            )
 
     def states_of(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values ``[kv_heads, length, dim]`` of each core for a text ``[length]``."""
