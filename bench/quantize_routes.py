@@ -248,7 +248,6 @@ class Route:
         return self.make(model, scratch, **self.options)
 
 
-_HEAD = "int8{select=head,kernel=blocked},int8"
 ROUTES = {
     "torch eager fp32": Route(eager, {}),
     "onnxruntime fp32, torch exporter": Route(exported, {}),
@@ -262,7 +261,6 @@ ROUTES = {
     "OpenVINO, NNCF int8 weights": Route(openvino, {}),
     "ftc int8 (portable)": Route(ftc, {"passes": "int8"}),
     "ftc int8 (native)": Route(ftc, {"passes": "int8", "target": "native"}),
-    "ftc int8, head in blocks": Route(ftc, {"passes": _HEAD}, ("smollm2",)),
     "ftc int8{kernel=blocked}": Route(ftc, {"passes": "int8{kernel=blocked}"}),
     "ftc int4": Route(ftc, {"passes": "int4"}),
 }

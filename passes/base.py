@@ -91,6 +91,11 @@ class Pass(ABC):
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Changes the program through ``rw``, and through nothing else."""
 
+    @property
+    def needed(self) -> frozenset[str]:
+        """``needs``, as far as these options need it."""
+        return self.needs
+
     def requires(self, program: Program) -> None:  # noqa: B027 (optional)
         """Raises PreconditionError where ``program`` does not allow this pass."""
 
@@ -151,7 +156,7 @@ class Pass(ABC):
         return PassResult(replace(after, history=(*program.history, record)), record)
 
     def _check_facts(self, program: Program) -> None:
-        if missing := sorted(self.needs - program.facts):
+        if missing := sorted(self.needed - program.facts):
             raise PreconditionError(
                 f"{self.spec} needs a program that is {' and '.join(missing)}",
                 fix="run it in a pipeline, which adds what is missing",

@@ -95,6 +95,11 @@ class Int8(Pass):
                 fix="leave out one of the two",
             )
 
+    @property
+    def needed(self) -> frozenset[str]:
+        """Activations are made ready only where they are quantized."""
+        return frozenset({"canonical"}) if self.activation == "none" else self.needs
+
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Quantizes every selected weight whose readers all have a quantized form."""
         errors: dict[str, float] = {}

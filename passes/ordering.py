@@ -35,7 +35,7 @@ def arrange(passes: Sequence[Pass], facts: frozenset[str]) -> tuple[Planned, ...
     planned: list[Planned] = []
     for position, each in enumerate(passes):
         _check_forbidden(passes, position, facts)
-        for fact in sorted(each.needs - facts):
+        for fact in sorted(each.needed - facts):
             if fact in facts:
                 continue  # an added pass provided it
             added = _provider(passes, position, fact)
@@ -112,7 +112,7 @@ def _works(passes: Sequence[Pass]) -> bool:
     provided = frozenset(fact for p in passes for fact in p.provides)
     facts: frozenset[str] = frozenset()
     for each in passes:
-        if each.forbids & facts or (each.needs & provided) - facts:
+        if each.forbids & facts or (each.needed & provided) - facts:
             return False
         facts |= each.provides
     return True

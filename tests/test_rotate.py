@@ -105,8 +105,17 @@ def test_a_width_that_is_no_multiple_of_the_block_is_left() -> None:
 def test_options_and_order_are_checked(tied: Program) -> None:
     with pytest.raises(UsageError, match="gain lies in"):
         Pipeline.parse("rotate{gain=1.5}")
+    with pytest.raises(UsageError, match="min_size"):
+        Pipeline.parse("int8{min_size=-5}")
     with pytest.raises(OrderError):
         run(tied, "int8,rotate")
+
+
+def test_weights_alone_need_no_preparation_of_activations(tied: Program) -> None:
+    names = [[each.name for each, _ in Pipeline.parse(spec).plan(tied)] for spec in
+             ("int8", "int8{activation=none}")]  # fmt: skip
+    assert {"smooth", "rotate"} <= set(names[0])
+    assert not {"smooth", "rotate"} & set(names[1])
 
 
 @pytest.mark.parametrize("width", [7, 64])
