@@ -32,6 +32,7 @@ from ftc.graph.select import select
 from ftc.graph.shapes import value
 
 from .base import Context, Effect, Pass
+from .budget import listed
 from .int8 import Int8
 from .rounding import Rounded, Rounding, kept, to_nearest
 
@@ -191,7 +192,7 @@ class Int4(Pass):
             rw.note(f"rounded {len(rounded) - len(same)} weights to the nearest code")
         if unfit:
             what = "quantized to 8 bits" if self.fallback == "int8" else "left in float"
-            rw.note(f"{what}, since 4 bits do not suit them: {_listed(unfit)}")
+            rw.note(f"{what}, since 4 bits do not suit them: {listed(unfit)}")
 
 
 class _GroupSums:
@@ -239,8 +240,3 @@ def _unsupported(weight: fx.Node) -> fx.Node | None:
         if position is None or places != [position]:
             return reader
     return None
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

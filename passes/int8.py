@@ -36,9 +36,10 @@ from ftc.graph.provenance import describe
 from ftc.graph.quantize import Scheme, choose_qparams, dequantize, quantize, relative_error
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
-from ftc.graph.target import Target
+from ftc.graph.target import Kernel, Target
 
 from .base import Context, Effect, Pass
+from .budget import Levels, Search, drift_of, listed
 from .kernel_choice import GROUP, KernelChoice
 
 aten, ops = torch.ops.aten, torch.ops.ftc
@@ -52,6 +53,8 @@ _WEIGHT_ARGUMENT: dict[object, int] = {
     aten.conv1d.padding: 1,
     aten.conv2d.padding: 1,
 }
+
+_FLOAT = 2  # levels of max_drift: 0 as usual, 1 in groups, 2 not at all
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Int8(Pass):
             products, which is right on machines without VNNI as well; ``auto`` does so
             unless the target has it.
         min_size: leave weights with fewer elements as they are.
+        max_drift: largest relative drift of the outputs on the probes; the most sensitive
+            weights get scales for groups, or stay in float, until it is kept.
     """
 
     name: ClassVar[str] = "int8"
@@ -82,12 +87,18 @@ class Int8(Pass):
     kernel: Literal["auto", "integer", "blocked", "float"] = "auto"
     reduce_range: bool | Literal["auto"] = "auto"
     min_size: int = 2048
+    max_drift: float | None = None
 
     def __post_init__(self) -> None:
         if self.min_size < 0:
             raise UsageError(
                 f"int8{{min_size={self.min_size}}}: a number of elements, 0 or more",
                 fix="int8{min_size=2048}",
+            )
+        if self.max_drift is not None and self.max_drift <= 0:
+            raise UsageError(
+                f"int8{{max_drift={self.max_drift}}}: a relative error above 0",
+                fix="int8{max_drift=0.01}",
             )
         if self.activation == "none" and self.kernel in ("integer", "blocked"):
             raise UsageError(
@@ -102,32 +113,60 @@ class Int8(Pass):
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Quantizes every selected weight whose readers all have a quantized form."""
-        errors: dict[str, float] = {}
+        chosen, small = self._chosen(rw)
+        levels: Levels = {}
+        if self.max_drift is not None and chosen:
+            before = rw.program.clone()
+
+            def drift(levels: Levels) -> float:
+                return drift_of(
+                    before, ctx, self.spec, lambda trial: self._apply(trial, ctx, chosen, levels)
+                )
+
+            sizes = {name: rw.program.tensor(name).numel() for name in chosen}
+            levels = Search(sizes, _FLOAT, drift)(self.max_drift, self.spec)
+            rw.note(_levels_note(levels, self.max_drift))
+        self._apply(rw, ctx, chosen, levels)
+        if small:
+            rw.note(f"left {len(small)} weights of fewer than {self.min_size} elements as they are")
+
+    def _chosen(self, rw: Rewriter) -> tuple[list[str], list[str]]:
+        """Names of the weights to quantize, and of those that are too small."""
+        found: list[str] = []
         small: list[str] = []
         tensors = dict(rw.program.tensors())
-        kernels = KernelChoice(rw.program, ctx, None if self.kernel == "auto" else self.kernel)
-        plain = self.activation == "none"
-        narrow = not ctx.target.wide if self.reduce_range == "auto" else self.reduce_range
         for name in sorted(select(self.select, rw.program)):
             weight = tensors.get(name)  # None: it is quantized already
             if weight is None or weight.dim() < 2 or not weight.is_floating_point():
                 continue
-            readers = list(rw.get_attr(name).users)
-            if (other := _unsupported(readers, rw.get_attr(name))) is not None:
+            node = rw.get_attr(name)
+            if (other := _unsupported(list(node.users), node)) is not None:
                 rw.note(f"left {name} as it is: {other.target} reads it too ({describe(other)})")
-            elif weight.numel() < self.min_size:
-                small.append(name)
             else:
-                kernel = "integer" if plain else kernels(name, weight, readers)
-                if kernel == "float":
-                    continue
+                (found if weight.numel() >= self.min_size else small).append(name)
+        return found, small
+
+    def _apply(self, rw: Rewriter, ctx: Context, names: list[str], levels: Levels) -> None:
+        """Quantizes ``names``, those with a level by that and not by what is fastest."""
+        errors: dict[str, float] = {}
+        kernels = KernelChoice(rw.program, ctx, None if self.kernel == "auto" else self.kernel)
+        plain = self.activation == "none"
+        narrow = not ctx.target.wide if self.reduce_range == "auto" else self.reduce_range
+        for name in names:
+            level, readers = levels.get(name, 0), list(rw.get_attr(name).users)
+            if level == _FLOAT:
+                continue
+            weight = rw.program.tensor(name).detach()
+            asked: Kernel | None = "blocked" if level else None
+            kernel = "integer" if plain else kernels(name, weight, readers, asked)
+            if kernel != "float":
                 scheme = _scheme(kernel, narrow and not plain, readers)
-                errors[name] = self._quantize(rw, name, weight.detach(), readers, scheme)
+                errors[name] = self._quantize(rw, name, weight, readers, scheme)
         for note in kernels.notes():
             rw.note(note)
         if "integer" in kernels.used and not plain:
             rw.note(_range_note(ctx.target, narrow))
-        self._say(rw, errors, small)
+        self._say(rw, errors)
 
     def _quantize(
         self, rw: Rewriter, name: str, weight: Tensor, readers: list[fx.Node], scheme: Scheme
@@ -170,15 +209,22 @@ class Int8(Pass):
         assert callable(reader.target)
         return rw.call(reader.target, *args, **reader.kwargs)
 
-    def _say(self, rw: Rewriter, errors: dict[str, float], small: list[str]) -> None:
+    def _say(self, rw: Rewriter, errors: dict[str, float]) -> None:
         if errors:
             worst = max(errors, key=errors.__getitem__)
             rw.note(
                 f"quantized {len(errors)} weights; the largest relative error is "
                 f"{errors[worst]:.2%}, of {worst}"
             )
-        if small:
-            rw.note(f"left {len(small)} weights of fewer than {self.min_size} elements as they are")
+
+
+def _levels_note(levels: Levels, budget: float) -> str:
+    groups, floats = (sorted(n for n, at in levels.items() if at == level) for level in (1, _FLOAT))
+    if not groups and not floats:
+        return f"a drift of {budget:g} is kept with every weight quantized as usual"
+    parts = [(groups, "have scales for groups of weights"), (floats, "stay in float")]
+    told = " and ".join(f"{len(names)} {what} ({listed(names)})" for names, what in parts if names)
+    return f"to keep a drift of {budget:g}, {told}"
 
 
 def _scheme(kernel: str, narrow: bool, readers: list[fx.Node]) -> Scheme:

@@ -39,16 +39,26 @@ class KernelChoice:
         ]
         self._made: dict[str, Choice] = {}
 
-    def __call__(self, name: str, weight: Tensor, readers: Iterable[fx.Node]) -> Kernel:
-        """The kernel of the weight ``[out, in]``; ``integer`` for one that no product reads."""
+    def __call__(
+        self, name: str, weight: Tensor, readers: Iterable[fx.Node], asked: Kernel | None = None
+    ) -> Kernel:
+        """The kernel of the weight ``[out, in]``; ``integer`` for one that no product reads.
+
+        Args:
+            name: of the weight, for what is told.
+            weight: float.
+            readers: the nodes that read it.
+            asked: the kernel for this one, where it has a form for it.
+        """
+        asked = asked or self._asked
         inputs = [r.args[0] for r in readers if r.target is torch.ops.aten.linear.default]
         if not inputs:
             return "integer"
         outputs, width = weight.shape
         able = _able(width)
-        if self._asked is not None:
-            fits = self._asked in able
-            choice = Choice(self._asked, None, "asked for") if fits else Choice(
+        if asked is not None:
+            fits = asked in able
+            choice = Choice(asked, None, "asked for") if fits else Choice(
                 "integer", None, f"no whole groups of {GROUP}")  # fmt: skip
         else:
             work = [
