@@ -140,16 +140,21 @@ def token_inputs(program: Program, sequence: Sequence, ids: Tensor) -> dict[str,
 
     Args:
         ids: of its tokens, ``[length]``.
+
+    Returns:
+        ``[1, length]`` of every input along the sequence; of the others as little as is legal.
     """
+    sizes = {sequence.dim: len(ids)}
     made = {}
     for node, spec in inputs(program):
         if node is sequence.tokens:
-            row = ids
+            made[spec.name] = ids.to(spec.dtype)[None]
         elif spec.name == POSITIONS:
-            row = torch.arange(len(ids))
+            made[spec.name] = torch.arange(len(ids), dtype=spec.dtype)[None]
         else:
-            row = torch.full((len(ids),), 1 if spec.role == "mask" else spec.low)
-        made[spec.name] = row.to(spec.dtype)[None]
+            shape = [d if isinstance(d, int) else sizes.get(d, 1) for d in spec.shape]
+            fill = 1 if spec.role == "mask" else spec.low
+            made[spec.name] = torch.full(shape, fill, dtype=spec.dtype)
     return made
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ftc.graph.adapters import adapter_kind
+from ftc.graph.body import classifier_head
 from ftc.graph.errors import PreconditionError
 from ftc.graph.observe import values
 from ftc.graph.prepend import Prepending
@@ -157,10 +158,11 @@ def with_text_in_front(
 ) -> dict[str, Tensor]:
     """Outputs of ``program`` for the caller's tokens, with a text before them in every row."""
     front = token_inputs(program, sequence, ids)
-    joined = {}
-    for name, rows in given.items():
-        shift = len(ids) if name == POSITIONS else 0
-        joined[name] = torch.cat([front[name].expand(len(rows), -1), rows + shift], 1)
+    joined = dict(given)
+    for each in program.signature.inputs:
+        if sequence.dim in each.shape:
+            rows = given[each.name] + (len(ids) if each.name == POSITIONS else 0)
+            joined[each.name] = torch.cat([front[each.name].expand(len(rows), -1), rows], 1)
     outputs = program(joined)
     for spec in program.signature.outputs:
         for axis, dim in enumerate(spec.shape):
@@ -172,10 +174,10 @@ def with_text_in_front(
 
 
 def train_adapters(rw: Rewriter) -> int:
-    """Freezes all but the parameters that were added to be trained; returns their elements."""
-    count = 0
+    """Freezes all but adapters and the head of a classifier; returns how many elements train."""
+    count, head = 0, classifier_head(rw.program)
     for name, parameter in list(rw.module.named_parameters()):
-        added = adapter_kind(name) is not None
+        added = adapter_kind(name) is not None or name in head
         rw.set_trainable(name, added)
         count += parameter.numel() if added else 0
     return count

@@ -47,10 +47,10 @@ def with_text(program: Program, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Outputs with :data:`TEXT` in front of every row, of the caller's tokens alone."""
     count = len(text_ids())
     front = {"input_ids": text_ids(), "attention_mask": torch.ones(count, dtype=torch.int64)}
-    joined = {}
-    for name, rows in inputs.items():
-        row = front.get(name, torch.zeros(count, dtype=rows.dtype))
-        joined[name] = torch.cat([row.expand(len(rows), -1), rows], 1)
+    joined = dict(inputs)
+    for name in inputs.keys() & {"input_ids", "attention_mask", "token_type_ids"}:
+        row = front.get(name, torch.zeros(count, dtype=torch.int64))
+        joined[name] = torch.cat([row.expand(len(inputs[name]), -1), inputs[name]], 1)
     with torch.no_grad():
         outputs = program(joined)
     return {
