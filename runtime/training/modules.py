@@ -18,15 +18,16 @@ _RUNNING = (aten.batch_norm.default, aten.instance_norm.default)
 def owned(program: Program) -> Program:
     """A clone that may be written to: what learns has memory of its own, and so have statistics.
 
-    Frozen weights stay shared; they may be mapped from a file.
+    Frozen weights stay shared, and mapped from their file. Where most of the bytes
+    learn, the rest is copied too: one tensor keeps the whole file in memory.
     """
     clone = program.clone()
-    for parameter in clone.module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.clone()
-    for name in running_buffers(clone):
-        buffer = clone.tensor(name)
-        buffer.data = buffer.data.clone()
+    tensors = dict(clone.tensors())
+    written = {*trainable(clone), *running_buffers(clone)}
+    if 2 * sum(tensors[name].nbytes for name in written) > sum(t.nbytes for t in tensors.values()):
+        written = {*tensors}
+    for name in written:
+        tensors[name].data = tensors[name].detach().clone()
     return clone
 
 

@@ -24,6 +24,7 @@ from ftc.graph.errors import UsageError
 from ftc.graph.printer import fingerprint
 from ftc.graph.program import PassRecord, Program
 from ftc.runtime.engine import set_threads
+from ftc.runtime.memory import release
 
 from .config import TrainConfig
 from .data.encoder import Encoder
@@ -67,10 +68,11 @@ def train(
     config.check()
     set_threads(config.threads)
     if config.steps == 0:
-        return _Run(config, captured(config, say), say).score()
-    before = resumed(config) if resume else None
-    run = _Run(config, before or fresh(config, force, say), say)
-    if resume and before is None:
+        return _Run(config, owned(captured(config, say)), say).score()
+    program, new = _begin(config, resume, force, say)
+    release()  # the weights as they came
+    run = _Run(config, program, say)
+    if resume and new:
         run.notes.append("there was no run to go on with: this is a new one")
     report = run.train(show)
     say(f"saving {config.out}")
@@ -79,20 +81,26 @@ def train(
     return report
 
 
+def _begin(config: TrainConfig, resume: bool, force: bool, say: Say) -> tuple[Program, bool]:
+    """The program to change, and whether the run is a new one."""
+    before = resumed(config) if resume else None
+    return owned(before or fresh(config, force, say)), before is None
+
+
 class _Run:
     """One run: the data and the program that it changes.
 
     Args:
         config: of the run.
-        program: what it starts from.
+        program: what it changes.
         say: told what runs.
     """
 
     def __init__(self, config: TrainConfig, program: Program, say: Say) -> None:
         self.config, self.say = config, say
         self.objective: Objective = config.made_objective()
-        self.program = owned(program)
-        scene = Scene(self.program, Encoder.of(program, config.length),
+        self.program = program
+        scene = Scene(program, Encoder.of(program, config.length),
                       teacher=teacher(config, self.objective, say))  # fmt: skip
         self.data: Dataset = load_dataset(config, self.objective, scene, say)
         self.notes = [*self.data.notes]
