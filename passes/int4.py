@@ -32,7 +32,7 @@ from ftc.graph.select import select
 from ftc.graph.shapes import value
 
 from .base import Context, Effect, Pass
-from .budget import listed
+from .budget import Levels, Search, drift_of, listed
 from .int8 import Int8
 from .rounding import Rounded, Rounding, kept, to_nearest
 
@@ -40,6 +40,7 @@ aten, ops = torch.ops.aten, torch.ops.ftc
 
 _GROUPS = (16, 32, 64, 128, 256)
 _WEIGHT_ARGUMENT: dict[object, int] = {aten.linear.default: 1, aten.embedding.default: 0}
+_FLOAT = 2  # levels of max_drift: 0 for 4 bits, 1 for the fallback, 2 for float
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Int4(Pass):
         fallback: what becomes of weights that 4 bits do not suit: ``int8``, or
             ``none`` to leave them in float.
         min_size: leave weights with fewer elements as they are.
+        max_drift: largest relative drift of the outputs on the probes; the most sensitive
+            weights are left to the fallback, or in float, until it is kept.
     """
 
     name: ClassVar[str] = "int4"
@@ -77,6 +80,7 @@ class Int4(Pass):
     max_error: float | None = None
     fallback: Literal["none", "int8"] = "none"
     min_size: int = 2048
+    max_drift: float | None = None
 
     def __post_init__(self) -> None:
         if self.group_size not in _GROUPS:
@@ -89,6 +93,11 @@ class Int4(Pass):
                 f"int4{{min_size={self.min_size}}}: a number of elements, 0 or more",
                 fix="int4{min_size=2048}",
             )
+        if self.max_drift is not None and self.max_drift <= 0:
+            raise UsageError(
+                f"int4{{max_drift={self.max_drift}}}: a relative error above 0",
+                fix="int4{max_drift=0.1,fallback=int8}",
+            )
         if self.max_error is not None and (self.max_error <= 0 or self.method != "gptq"):
             raise UsageError(
                 f"int4{{max_error={self.max_error}}}: an error above 0, which only gptq measures",
@@ -99,15 +108,36 @@ class Int4(Pass):
         """Rounds every selected weight whose readers all have a quantized form."""
         readers, unfit = self._chosen(rw)
         rounded = self._rounded(rw, ctx, readers)
-        for name in [n for n, each in rounded.items() if self._is_too_far(each)]:
-            del rounded[name]
-            unfit.append(name)
+        levels = dict.fromkeys(unfit, 1)
+        levels |= {name: 1 for name, each in rounded.items() if self._is_too_far(each)}
+        if self.max_drift is not None and rounded:
+            before = rw.program.clone()
+
+            def drift(found: Levels) -> float:
+                every = {**levels, **found}
+                return drift_of(
+                    before, ctx, self.spec, lambda trial: self._apply(trial, ctx, rounded, every)
+                )
+
+            sizes = {n: rw.program.tensor(n).numel() for n in rounded if n not in levels}
+            top = _FLOAT if self.fallback == "int8" else 1
+            levels |= Search(sizes, top, drift)(self.max_drift, self.spec)
+        self._apply(rw, ctx, rounded, levels)
+
+    def _apply(
+        self, rw: Rewriter, ctx: Context, rounded: Mapping[str, Rounded], levels: Levels
+    ) -> None:
+        """Replaces the weights of level 0 by 4 bits, those of level 1 by the fallback."""
         sums = _GroupSums(rw, self.group_size)
-        for name, each in rounded.items():
-            self._replace(rw, name, readers[name], each, sums)
-        self._say(rw, rounded, unfit)
-        if unfit and self.fallback == "int8":
-            Int8(select=" | ".join(unfit), min_size=self.min_size).rewrite(rw, ctx)
+        done = {name: each for name, each in rounded.items() if not levels.get(name)}
+        left = [name for name, level in levels.items() if level == 1]
+        for name, each in done.items():
+            self._replace(rw, name, list(rw.get_attr(name).users), each, sums)
+        self._say(rw, done, left)
+        if left and self.fallback == "int8":
+            Int8(select=" | ".join(left), min_size=self.min_size).rewrite(rw, ctx)
+        if floats := [name for name, level in levels.items() if level == _FLOAT]:
+            rw.note(f"left in float, to keep a drift of {self.max_drift:g}: {listed(floats)}")
 
     def _chosen(self, rw: Rewriter) -> tuple[dict[str, list[fx.Node]], list[str]]:
         """Readers of each weight to round; names of those that 4 bits in groups do not fit."""

@@ -76,7 +76,19 @@ def test_int8_keeps_its_budget(chain: Program) -> None:
         run(chain, "int8{min_size=1,max_drift=0.000001}")
 
 
-@pytest.mark.parametrize("spec", ["int8{max_drift=0}", "int8{max_drift=-1}"])
+@pytest.mark.parametrize("fallback", ["int8", "none"])
+def test_int4_keeps_its_budget_with_a_fallback(chain: Program, fallback: str) -> None:
+    free = run(chain, "int4{min_size=1}")
+    budget = free.drift.relative * 0.9
+    kept = run(chain, f"int4{{min_size=1,max_drift={budget},fallback={fallback}}}")
+    assert 0 < kept.drift.relative <= budget
+    nodes = [n for n in kept.program.graph.nodes if "quantized_linear" in str(n.target)]
+    found = {node.args[5] for node in nodes}
+    assert 4 in found
+    assert len(nodes) < 3 or found == {4, 8}  # something was left to the fallback, or in float
+
+
+@pytest.mark.parametrize("spec", ["int8{max_drift=0}", "int4{max_drift=-1}"])
 def test_a_budget_without_a_meaning_is_refused(spec: str) -> None:
     with pytest.raises(UsageError, match="above 0"):
         Pipeline.parse(spec)
