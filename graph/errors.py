@@ -59,6 +59,12 @@ class BundleError(FtcError):
     """A bundle on disk is damaged, forged, or of a later format."""
 
 
+class WriteError(FtcError):
+    """A file cannot be written: the disk is full, or the place is not to be written to."""
+
+    exit_code = 1
+
+
 class PreconditionError(FtcError):
     """A pass was asked for something that this program does not allow."""
 

@@ -59,7 +59,9 @@ def run_command(group: click.Group, arguments: Sequence[str]) -> int:
         with group.make_context("ftc", list(arguments)) as context:
             group.invoke(context)
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if type(stop) is KeyboardInterrupt:  # a command's own kind has told more already
+            click.echo("interrupted; no result was written", err=True)
         return INTERRUPTED
     except click.exceptions.Exit as done:
         return done.exit_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ftc.graph.bundle import cannot_write, check_parents, is_bundle
 from ftc.graph.errors import UsageError
-from ftc.graph.program import Drift
+from ftc.graph.program import Drift, Program
 from ftc.graph.sources import capture
 from ftc.passes.context import Context
 
@@ -55,29 +57,57 @@ def export(
         progress: told what runs.
 
     Raises:
-        UsageError: when the file exists.
-        FtcError: as capture, lowering and parity raise it; nothing is written then.
+        UsageError: when the file exists, or stands in a bundle.
+        WriteError: when the disk is full.
+        FtcError: as capture, lowering and parity raise it. Nothing is written in any case.
     """
-    target = out if out.suffix == ".onnx" else out / MODEL
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists", fix="use --force to replace it")
-    if target.parent.exists() and not target.parent.is_dir():
-        raise UsageError(f"{target.parent} is a file", fix="choose another place")
+    target = _checked(out if out.suffix == ".onnx" else out / MODEL, force)
     progress(f"reading {source}")
     program = capture(source, task=task, trust=trust)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}.") as scratch:
-        path = Path(scratch) / target.name
-        progress("lowering to ONNX")
-        model = lower(program, dialect)
-        save_onnx(model, path)
-        progress("comparing onnxruntime with the graph")
-        ctx = Context.for_program(program)
-        engine = OnnxEngine(program, path)
-        outputs = [engine(probe) for probe in ctx.probes]
-        drift = check_parity(program, ctx.outputs(program), outputs, ctx.probes, ctx.probe_source)
-        size = 0
-        for file in sorted(Path(scratch).iterdir(), key=lambda f: f == path):
-            size += file.stat().st_size
-            os.replace(file, target.parent / file.name)
+    progress("lowering to ONNX")
+    model = lower(program, dialect)
+    try:
+        size, drift = _write(program, model, target, progress)
+    except OSError as error:
+        raise cannot_write(error, target) from error
     return Export(source, str(target), size, drift, decomposed(model))
+
+
+def _checked(target: Path, force: bool) -> Path:
+    check_parents(target.absolute())
+    if is_bundle(target.parent):
+        raise UsageError(
+            f"{target.parent} is a bundle, which lists the files it has",
+            fix="choose another place",
+        )
+    if target.exists() and not force:
+        raise UsageError(f"{target} exists", fix="use --force to replace it")
+    return target
+
+
+def _write(
+    program: Program, model: Any, target: Path, progress: Callable[[str], None]
+) -> tuple[int, Drift]:
+    """Writes the file, and puts it in its place once it computes what the graph does."""
+    made = [folder for folder in target.parents if not folder.exists()]  # the innermost first
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}.") as scratch:
+            path = Path(scratch) / target.name
+            save_onnx(model, path)
+            progress("comparing onnxruntime with the graph")
+            ctx = Context.for_program(program)
+            engine = OnnxEngine(program, path)
+            outputs = [engine(probe) for probe in ctx.probes]
+            expected = ctx.outputs(program)
+            drift = check_parity(program, expected, outputs, ctx.probes, ctx.probe_source)
+            size = 0
+            for file in sorted(Path(scratch).iterdir(), key=lambda f: f == path):
+                size += file.stat().st_size
+                os.replace(file, target.parent / file.name)
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody else has put something there
+            for folder in made:
+                folder.rmdir()
+        raise
+    return size, drift

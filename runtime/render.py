@@ -13,6 +13,7 @@ from .render_latency import render_latencies
 
 if TYPE_CHECKING:
     from ftc.graph.program import PassRecord, Program
+    from ftc.passes.outline import Outline
     from ftc.passes.registry import Description
 
     from .bench import Comparison
@@ -135,7 +136,7 @@ def render_labels(found: Sequence[Labelled], console: Console) -> None:
     console.print(made)
 
 
-def render_passes(passes: Sequence[Description], console: Console) -> None:
+def render_passes(passes: Sequence[Outline], console: Console) -> None:
     """All passes, one line each."""
     made = table("pass", "effect", "what it does", left=3)
     for each in passes:
@@ -154,9 +155,16 @@ def render_pass(found: Description, console: Console) -> None:
 
 
 def render_export(found: Export, console: Console) -> None:
-    """What was written, and how far it is from the graph."""
+    """What was written, and how far it is from the graph: parity has held it to rounding."""
+    from .parity import TOLERANCE
+
     console.print(f"[bold]{escape(found.path)}[/]  {megabytes(found.bytes)} MB", soft_wrap=True)
-    console.print(f"onnxruntime against the graph: relative error {small(found.drift.relative)} "
-                  f"[dim]on {escape(found.drift.inputs)}[/]")  # fmt: skip
+    rounding = "rounding" if found.drift.relative <= TOLERANCE else (
+        "what rounding makes of activations that are quantized at run time"
+    )  # fmt: skip
+    console.print(
+        f"onnxruntime computes what the graph does: relative error {small(found.drift.relative)}, "
+        f"which is {rounding} [dim](on {escape(found.drift.inputs)})[/]"
+    )
     if found.decomposed:
         console.print(f"lowered through their decomposition: {', '.join(found.decomposed)}")

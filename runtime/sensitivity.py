@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ftc.graph.bundle import cannot_write
 from ftc.graph.cost import cost
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Program
@@ -189,7 +190,7 @@ def draw(found: Sequence[Sensitivity], path: Path) -> None:
 
     Raises:
         UsageError: without matplotlib.
-        OSError: when the disk is full; an old picture stays.
+        WriteError: when the disk is full; an old picture stays.
     """
     specs = list(dict.fromkeys(each.spec for each in found))
     figure = _figure()(figsize=(10, 3.2 * max(1, len(specs))), layout="constrained")
@@ -205,6 +206,8 @@ def draw(found: Sequence[Sensitivity], path: Path) -> None:
     try:
         figure.savefig(draft, dpi=150)
         draft.replace(path)
+    except OSError as error:
+        raise cannot_write(error, path) from error
     finally:
         draft.unlink(missing_ok=True)
 

@@ -16,6 +16,7 @@ import torch
 
 from ftc.cli import ftc
 from ftc.passes import registry
+from ftc.passes.outline import outlines
 from ftc.runtime import commands
 from ftc.runtime.tensors import read_tensors
 
@@ -220,20 +221,20 @@ def test_a_mistake_as_json(command: Command) -> None:
 
 
 def test_a_bug_says_so(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "names", lambda: 1 / 0)
-    ran = command("passes")
+    monkeypatch.setattr(registry, "get", lambda name: 1 / 0)
+    ran = command("passes", "int8")
     assert ran.status == 70 and "bug in ftc" in ran.err and "--debug" in ran.err
     assert "Traceback" not in ran.err
     with pytest.raises(ZeroDivisionError):
-        command("passes", "--debug")
+        command("passes", "int8", "--debug")
 
 
-def test_an_interrupt_ends_quietly(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
+def test_an_interrupt_ends_with_a_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(registry, "names", interrupted)
-    assert command("passes") == Ran(130, "", "")
+    monkeypatch.setattr(registry, "get", interrupted)
+    assert command("passes", "int8") == Ran(130, "", "interrupted; no result was written\n")
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
@@ -399,6 +400,22 @@ def test_export(bundle: Path, tmp_path: Path, command: Command) -> None:
     assert command("export", bundle, "-o", target, "--force").status == 0
     assert command("export", bundle, "-o", tmp_path / "dir").status == 0
     assert sorted(p.name for p in (tmp_path / "dir").iterdir()) == ["model.onnx"]
+
+
+def test_the_list_of_passes_imports_none_of_them() -> None:
+    code = (
+        "import sys; sys.argv = ['ftc', 'passes']\nfrom ftc import cli\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'ftc.passes.base'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "COLUMNS": "200"})  # fmt: skip
+    shown = [line.split()[:2] for line in done.stdout.splitlines()[1:] if line.strip()]
+    known = [registry.describe(registry.get(name)) for name in registry.names()]
+    assert shown[: len(known)] == [[each.name, each.effect] for each in known]
+    assert [(o.name, o.effect, o.summary) for o in outlines()] == [
+        (each.name, each.effect, each.summary) for each in known
+    ]
 
 
 def test_passes_are_the_registrys(command: Command) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ftc.graph.bundle import load_bundle, replace_folder, save_bundle
-from ftc.graph.errors import BundleError, UsageError
+from ftc.graph.errors import UsageError, WriteError
 from ftc.graph.program import Program
 
 from .bundles import broken, files, mlp, odd
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_the_old_bundle(
     before = files(bundle)
     with monkeypatch.context() as patch:
         failing_at(count, patch)
-        with pytest.raises(BundleError, match="No space left") as caught:
+        with pytest.raises(WriteError, match="No space left") as caught:
             save_bundle(mlp(), bundle, force=True)
         assert caught.value.fix
     assert files(bundle) == before
@@ -107,7 +107,7 @@ def test_a_file_size_limit_leaves_the_old_bundle(bundle: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(BundleError, match="File too large"):
+        with pytest.raises(WriteError, match="File too large"):
             save_bundle(mlp(), bundle, force=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

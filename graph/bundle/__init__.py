@@ -1,5 +1,14 @@
 """A program as a folder that a person can read and nobody can hide code in."""
 
-from .bundle import FORMAT, check_output, is_bundle, load_bundle, save_bundle
+from .bundle import FORMAT, load_bundle, save_bundle
+from .output import cannot_write, check_output, check_parents, is_bundle
 
-__all__ = ["FORMAT", "check_output", "is_bundle", "load_bundle", "save_bundle"]
+__all__ = [
+    "FORMAT",
+    "cannot_write",
+    "check_output",
+    "check_parents",
+    "is_bundle",
+    "load_bundle",
+    "save_bundle",
+]

@@ -27,22 +27,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from ftc.graph.errors import BundleError, UsageError
+from ftc.graph.errors import BundleError
 from ftc.graph.program import Drift, PassRecord, Program, build_module
 from ftc.graph.signature import InputSpec, OutputSpec, Signature
 
 from .graph_json import check_tensor_name, decode_graph, encode_graph
-from .replace_folder import recover, write_folder
+from .output import HEAD as _HEAD
+from .output import cannot_write, check_output, is_bundle
+from .replace_folder import write_folder
 from .tensor_file import describe_tensors, read_tensors, write_tensors
 
 FORMAT = 1
-_HEAD, _GRAPH, _WEIGHTS = "ftc.json", "graph.json", "model.safetensors"
-
-
-def is_bundle(path: Path) -> bool:
-    """Whether ``path`` is a bundle, or was one when a replacement of it was interrupted."""
-    recover(path)
-    return (path / _HEAD).is_file()
+_GRAPH, _WEIGHTS = "graph.json", "model.safetensors"
 
 
 def save_bundle(
@@ -65,34 +61,16 @@ def save_bundle(
 
     Raises:
         UsageError: when ``path`` exists and may not be replaced.
-        BundleError: when the program cannot be saved, or the disk is full; ``path`` is as before.
+        BundleError: when the program cannot be saved; ``path`` is as before.
+        WriteError: when the disk is full or the place cannot be written to; likewise.
     """
     target = Path(path).expanduser().resolve()
     check_output(target, force=force)
     try:
         write_folder(target, lambda folder: _fill(folder, program, files or {}))
     except OSError as error:
-        raise BundleError(
-            f"cannot write {error.filename or target}: {error.strerror or error}",
-            where=f"saving {target}; nothing there has changed",
-            fix="free some space, or choose another place",
-        ) from error
+        raise cannot_write(error, target) from error
     return target
-
-
-def check_output(path: Path, *, force: bool) -> None:
-    """Refuses a place that may not be written to; call it before the work starts.
-
-    Raises:
-        UsageError: when ``path`` is a file, a folder that is no bundle, or a bundle
-            without ``force``.
-    """
-    if path.is_dir() and not is_bundle(path) and any(path.iterdir()):
-        raise UsageError(f"{path} exists and is not a bundle", fix="choose another output folder")
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file", fix="choose another output folder")
-    if is_bundle(path) and not force:
-        raise UsageError(f"{path} exists", fix="use --force to replace it")
 
 
 def _fill(folder: Path, program: Program, files: Mapping[str, Callable[[Path], None]]) -> None:

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 @click.argument("name", required=False)
 def passes(output: Output, name: str | None) -> None:
     """List the passes, or show one with every option."""
-    from ftc.passes import registry
     from ftc.runtime import render
+
+    if not name and not output.json:  # a line each needs no pass, and no torch, imported
+        from ftc.passes.outline import outlines
+
+        return output.print(render.render_passes, outlines())
+    from ftc.passes import registry
 
     passes = (registry.get(name),) if name else registry.loadable()
     found = [registry.describe(each) for each in passes]
     if output.json:
         return output.data([asdict(each) for each in found])
-    if name:
-        return output.print(render.render_pass, found[0])
-    return output.print(render.render_passes, found)
+    return output.print(render.render_pass, found[0])
