@@ -48,7 +48,7 @@ from .lower import Dialect, decomposed, lower, save_onnx
 from .measure import machine
 from .memory import collected_by_hand, release, trim
 from .parity import check_parity
-from .probes import make_context
+from .probes import check_measuring, make_context
 from .report import ONNX, CompileReport, Plan, Step, original_step, pass_step
 from .shipped import describe_shipped
 
@@ -130,6 +130,7 @@ def compile_model(
     """
     run = _Run(progress)
     pipeline = _prepare(passes, out, target, force)
+    check_measuring(calib, max_drift)
     with run.phase("capture", f"capturing {source}"):
         held = [_captured(source, task, trust)]
         signature, notes = held[0].signature, held[0].notes
@@ -140,7 +141,8 @@ def compile_model(
         expected, told = ctx.outputs(held[0]), _Told(run, observer, held[0])
         done = pipeline.run(held.pop(), ctx, told)
         result, original = done.program, told.reference
-        release()
+        if told.replaced:
+            release()
     made: list[CompileReport] = []
 
     def write_onnx(path: Path) -> None:
@@ -215,18 +217,19 @@ class _Told(Observer):
     Attributes:
         reference: the program after the exact passes the pipeline began with. It
             computes what the original does, so the original itself can go.
+        replaced: whether weights can go: of the pass before, or what capture made.
     """
 
     def __init__(self, run: _Run, inner: Observer | None, original: Program) -> None:
         self._run, self._inner = run, inner or Observer()
         self.reference = original
-        self._replaced = True  # capture leaves a hundred megabytes of cycles
+        self.replaced = True
 
     def planned(self, passes: Any) -> None:
         self._inner.planned(passes)
 
     def started(self, given: Any, program: Program) -> None:
-        if self._replaced:
+        if self.replaced:
             release()
         self._run.progress(f"running {given.spec}")
         self._inner.started(given, program)
@@ -234,8 +237,8 @@ class _Told(Observer):
     def finished(self, given: Any, before: Program, after: Program) -> None:
         if self.reference is before and given.effect in (Effect.EXACT, Effect.ANNOTATION):
             self.reference = after
-        kept = {tensor.data_ptr() for _, tensor in after.tensors()}
-        self._replaced = any(tensor.data_ptr() not in kept for _, tensor in before.tensors())
+        kept = {t.data_ptr() for held in (after, self.reference) for _, t in held.tensors()}
+        self.replaced = any(tensor.data_ptr() not in kept for _, tensor in before.tensors())
         self._inner.finished(given, before, after)
 
     def failed(self, given: Any, before: Program, error: Any) -> None:

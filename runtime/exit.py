@@ -16,6 +16,7 @@ libraries have to say, which is silenced otherwise.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ import click
 from ftc.graph.errors import FtcError, UsageError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_NEW_OBJECTS = 50_000
 FAILED, BUG, INTERRUPTED, CLOSED_PIPE = 1, 70, 130, 141
 _ENVIRONMENT = {
     # Threads that spin while they wait make torch 30 times slower where cores are shared.
@@ -52,6 +54,8 @@ def run_command(group: click.Group, arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     _set(_ENVIRONMENT)
     _return_freed_memory()
+    # What imports make stays, and by default it is looked at again every 700 objects.
+    gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
     if not debug:
         _silence()
     try:

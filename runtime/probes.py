@@ -6,6 +6,7 @@ inputs of another shape too.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,24 @@ from .tensors import KINDS, read_tensors
 from .text import calibration, read_text, takes_text, text_probe
 
 _RANDOM_SIZES = (3, 5, 7, 11)  # few tokens: every step of a pipeline is run on them
+
+
+def check_measuring(calib: str | None, max_drift: float | None) -> None:
+    """Refuses what needs no model to be wrong; call it before the work starts.
+
+    Raises:
+        UsageError: for calibration data that cannot be read, or a budget that is no number
+            of 0 or more.
+    """
+    if max_drift is not None and not 0 <= max_drift < math.inf:
+        raise UsageError(
+            f"a relative error of at most {max_drift:g} cannot be held to",
+            fix="give a number of 0 or more: --max-drift 0.1",
+        )
+    if calib is not None and Path(calib).suffix in KINDS:
+        read_tensors(Path(calib))
+    elif calib is not None:
+        read_text(calib)
 
 
 def make_context(

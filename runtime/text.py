@@ -50,17 +50,22 @@ def read_text(given: str | None) -> Text:
     """The text a user named.
 
     Args:
-        given: a file, or the text itself; None: :func:`default_text`.
+        given: a file (of text, or ``.jsonl`` with the field ``text``), or the text
+            itself; None: :func:`default_text`.
 
     Raises:
-        UsageError: for a file that is not there, is not text, or is empty.
+        UsageError: for a folder, or a file that is not there, is not text, or is empty.
     """
     if given is None:
         return default_text()
     path = Path(given)
     looks_like_file = not re.search(r"\s", given) and ("/" in given or bool(path.suffix))
-    if not (looks_like_file or _is_file(path)):
+    if not (looks_like_file or _exists(path)):
         return Text((given,), "the given text")
+    if path.suffix in (".jsonl", ".ndjson"):
+        from .examples import read_examples  # which reads files with what is here
+
+        return Text(tuple(" ".join(e.text.split()) for e in read_examples(path)), path.name)
     body = read_file(path)
     paragraphs = tuple(" ".join(p.split()) for p in re.split(r"\n\s*\n", body) if p.strip())
     if not paragraphs:
@@ -80,6 +85,8 @@ def read_file(path: Path) -> str:
         raise UsageError(
             f"there is no file {path}", fix="name one, or write the text itself"
         ) from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder", fix="name a file in it") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not text: {error}", fix="save it as UTF-8") from None
     except OSError as error:
@@ -220,8 +227,8 @@ def _prose(text: str) -> Iterator[str]:
             yield words.replace('"', "").replace("*", "")
 
 
-def _is_file(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
-        return path.is_file()
+        return path.exists()
     except OSError:  # a text too long to be a name
         return False

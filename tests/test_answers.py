@@ -24,7 +24,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     models = {kind: encoder(root / f"{kind}-model", head) for kind, head in heads.items()}
     models["causal"] = short_decoder(root / "causal-model")
     for kind, model in models.items():
-        ran = command("compile", model, "--passes", "", "-o", root / kind)
+        ran = command("compile", model, "--passes", "cleanup", "-o", root / kind)
         assert ran.status == 0, ran.err
     return root
 

@@ -104,7 +104,7 @@ def test_the_report_says_what_is_on_disk_and_what_to_do_next(
         assert (bundle / name).stat().st_size == size
     assert {"model.onnx", "model.safetensors", "tokenizer.json"} <= set(shipped["files"])
     for source in (masked, decoder(tmp_path / "decoder"), "ftc.tests.small:mlp"):
-        ran = command("compile", source, "--passes", "", "-o", tmp_path / "out", "--force")
+        ran = command("compile", source, "--passes", "cleanup", "-o", tmp_path / "out", "--force")
         assert ("on disk: source" in ran.out) == isinstance(source, Path)
         told = shlex.split(ran.out.partition("next: ftc ")[2].splitlines()[0])
         if "FILE.npz" in told:  # it says what the file has to hold
@@ -120,7 +120,7 @@ def test_a_model_without_a_tokenizer_is_asked_with_tensors(
     model = decoder(tmp_path / "model")
     for file in model.glob("tokenizer*"):
         file.unlink()
-    ran = command("compile", model, "--passes", "", "-o", tmp_path / "out")
+    ran = command("compile", model, "--passes", "cleanup", "-o", tmp_path / "out")
     assert "--input FILE.npz" in ran.out and "--text" not in ran.out
     assert "input_ids int64 [batch, sequence]" in ran.out
 

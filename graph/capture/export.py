@@ -8,6 +8,8 @@ keep their names and gradients flow. :mod:`ftc.graph.capture.normalize` then mak
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import warnings
 from collections.abc import Mapping
@@ -96,16 +98,21 @@ def _export(
     model: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic, kind: Any
 ) -> ExportedProgram:
     shapes = {name: dict.fromkeys(dynamic.get(name, {}), kind) for name in inputs}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.export.export(
-            model,
-            (),
-            dict(inputs),
-            dynamic_shapes=shapes,
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=False,
-        )
+    said = io.StringIO()  # torch prints the graph so far when it fails
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+            warnings.simplefilter("ignore")
+            return torch.export.export(
+                model,
+                (),
+                dict(inputs),
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=False,
+            )
+    except Exception as error:
+        error.add_note(said.getvalue())
+        raise
 
 
 _ROOMS = tuple(  # not the root itself: a virtual environment may lie in it

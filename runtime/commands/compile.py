@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ftc.graph.errors import UsageError
+
 from .options import command, dialect_option, force_option, task_option, trust_option
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ def compile(
     **options: Any,
 ) -> None:
     """Capture MODEL, rewrite it, prove it, lower it and save it as OUT."""
+    if not options["passes"].strip():
+        raise UsageError("no passes are named", fix="--passes int8, or --passes cleanup to lower "
+                         "the model as it is")  # fmt: skip
     from ftc.runtime import compile as compiling
     from ftc.runtime import render_report as render
 
