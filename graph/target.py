@@ -36,6 +36,10 @@ WORDS: Mapping[str, str] = {
 }
 _VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 _DOT = frozenset({"asimddp", "i8mm"})
+_UNMEASURED = (
+    "its costs were never measured, so the first that is right there; "
+    "--target native on such a machine measures them"
+)
 _WORTH_IT = 0.9  # float must take less than this of the quantized time to be worth its bytes
 
 
@@ -164,7 +168,7 @@ class Target:
         if not able:
             return Choice("float", None, f"no other kernel of {self.name} fits")
         if self.table is None or not work:
-            why = "costs are not known" if self.table is None else "no shapes were named"
+            why = _UNMEASURED if self.table is None else "no shapes were named"
             return Choice(able[0], None, why)
         means = {k: _mean(self.table, k, work) for k in {*able, "float"} if k in self.table.points}
         judged = {k: t / (_WORTH_IT if k == "float" else 1) for k, t in means.items() if k in able}
