@@ -18,7 +18,15 @@ from .base import Pass
 from .registry import providers
 
 Planned = tuple[Pass, str | None]
-_TRIED = 6  # passes whose orders are tried for a suggestion: 720 at most
+_TRIED = 5  # passes whose orders are tried for a suggestion: 120 at most
+
+
+class _Conflict(Exception):
+    """Why a plan cannot work, and what to do where that is not another order."""
+
+    def __init__(self, what: str, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.fix = what, fix
 
 
 def arrange(passes: Sequence[Pass], facts: frozenset[str]) -> tuple[Planned, ...]:
@@ -32,19 +40,14 @@ def arrange(passes: Sequence[Pass], facts: frozenset[str]) -> tuple[Planned, ...
         OrderError: when a pass forbids what holds before it, or needs what
             nothing provides; with an order that would do, if there is one.
     """
-    planned: list[Planned] = []
-    for position, each in enumerate(passes):
-        _check_forbidden(passes, position, facts)
-        for fact in sorted(each.needed - facts):
-            if fact in facts:
-                continue  # an added pass provided it
-            added = _provider(passes, position, fact)
-            for extra, reason in arrange((added,), facts):
-                planned.append((extra, reason or f"added: {each.name} needs {_noun(fact)}"))
-                facts |= extra.provides
-        planned.append((each, None))
-        facts |= each.provides
-    return tuple(planned)
+    try:
+        return _plan(passes, facts)
+    except _Conflict as conflict:
+        raise OrderError(
+            conflict.what,
+            where=order_text(passes),
+            fix=conflict.fix or _suggestion(passes, facts),
+        ) from None
 
 
 def order_text(passes: Iterable[Pass]) -> str:
@@ -52,67 +55,76 @@ def order_text(passes: Iterable[Pass]) -> str:
     return ",".join(each.spec for each in passes)
 
 
+def _plan(passes: Sequence[Pass], facts: frozenset[str]) -> tuple[Planned, ...]:
+    planned: list[Planned] = []
+    for position, each in enumerate(passes):
+        facts = _place(each, None, facts, planned, passes[position + 1 :], ())
+    return tuple(planned)
+
+
+def _place(
+    each: Pass, reason: str | None, facts: frozenset[str], planned: list[Planned],
+    later: Sequence[Pass], needing: tuple[Pass, ...],
+) -> frozenset[str]:  # fmt: skip
+    """Appends a pass, after those it needs, to ``planned``; the facts that hold then.
+
+    Args:
+        needing: the pass that was asked for and those added for it, down to this one.
+    """
+    who = f"{each.name}, which is added for {needing[0].name}," if needing else each.name
+    if hindering := sorted(each.forbids & facts):
+        earlier = [p.name for p, _ in planned if p.provides & each.forbids]
+        because = f"after {' and '.join(earlier)}" if earlier else "here"
+        raise _Conflict(
+            f"{who} cannot run {because}: the program is {' and '.join(hindering)}",
+            None if earlier else "start from the program as it was before that",
+        )
+    for fact in sorted(each.needs - facts):
+        if fact in facts:
+            continue  # an added pass provided it
+        if provider := next((p for p in later if fact in p.provides), None):
+            raise _Conflict(f"{who} needs {_noun(fact)}, and {provider.name} makes it so later")
+        added = _provider(each, who, fact)
+        why = f"added: {each.name} needs {_noun(fact)}"
+        facts = _place(added, why, facts, planned, later, (*needing, each))
+    planned.append((each, reason))
+    return facts | each.provides
+
+
 def _noun(fact: str) -> str:
     return f"a program that is {fact}"
 
 
-def _check_forbidden(passes: Sequence[Pass], position: int, facts: frozenset[str]) -> None:
-    each = passes[position]
-    hindering = sorted(each.forbids & facts)
-    if not hindering:
-        return
-    earlier = [p.name for p in passes[:position] if p.provides & each.forbids]
-    because = f"after {' and '.join(earlier)}" if earlier else "here"
-    fix = _suggestion(passes) if earlier else "start from the program as it was before that"
-    raise OrderError(
-        f"{each.name} cannot run {because}: the program is {' and '.join(hindering)}",
-        where=order_text(passes),
-        fix=fix,
-    )
-
-
-def _provider(passes: Sequence[Pass], position: int, fact: str) -> Pass:
+def _provider(each: Pass, who: str, fact: str) -> Pass:
     """The pass to add for a missing fact."""
-    each = passes[position]
-    if later := [p for p in passes[position + 1 :] if fact in p.provides]:
-        raise OrderError(
-            f"{each.name} needs {_noun(fact)}, which {later[0].name} makes it later",
-            where=order_text(passes),
-            fix=_suggestion(passes),
-        )
     known = providers(fact)
     if len(known) != 1:
         names = ", ".join(cls.name for cls in known) or "no known pass"
-        raise OrderError(
-            f"{each.name} needs {_noun(fact)}; provided by: {names}",
-            where=order_text(passes),
-            fix=f"put one of them before {each.name}" if known else None,
+        raise _Conflict(
+            f"{who} needs {_noun(fact)}; provided by: {names}",
+            f"put one of them before {each.name}" if known else f"leave {each.name} out",
         )
     try:
         return known[0]()
     except (TypeError, UsageError):
-        raise OrderError(
-            f"{each.name} needs {_noun(fact)}, and {known[0].name} has options to be chosen",
-            where=order_text(passes),
-            fix=f"put {known[0].name}{{...}} before {each.name}",
+        raise _Conflict(
+            f"{who} needs {_noun(fact)}, and {known[0].name} has options to be chosen",
+            f"put {known[0].name}{{...}} before {each.name}",
         ) from None
 
 
-def _suggestion(passes: Sequence[Pass]) -> str:
+def _suggestion(passes: Sequence[Pass], facts: frozenset[str]) -> str:
     """An order of the same passes that works, nearest to the one asked for."""
     if len(passes) <= _TRIED:
         for order in permutations(passes):
-            if _works(order):
+            if _works(order, facts):
                 return f"use {order_text(order)}"
     return "no order of these passes works: leave one out"
 
 
-def _works(passes: Sequence[Pass]) -> bool:
-    """Whether an order breaks no rule when what nothing here provides is taken as given."""
-    provided = frozenset(fact for p in passes for fact in p.provides)
-    facts: frozenset[str] = frozenset()
-    for each in passes:
-        if each.forbids & facts or (each.needed & provided) - facts:
-            return False
-        facts |= each.provides
+def _works(passes: Sequence[Pass], facts: frozenset[str]) -> bool:
+    try:
+        _plan(passes, facts)
+    except _Conflict:
+        return False
     return True

@@ -144,6 +144,7 @@ class Pipeline:
             observer.started(each, current)
             try:
                 after = _note(each(current, ctx).program, reason)
+                after = _note(after, _nothing_left(after.history[known:]))
             except FtcError as error:
                 observer.failed(each, current, error)
                 raise
@@ -161,11 +162,22 @@ class Pipeline:
 
 
 def _note(program: Program, reason: str | None) -> Program:
-    """Adds why the last pass was added to its record."""
+    """Puts a note first in the record of the last pass."""
     if reason is None:
         return program
     *earlier, last = program.history
     return replace(program, history=(*earlier, replace(last, notes=(reason, *last.notes))))
+
+
+def _nothing_left(records: Sequence[PassRecord]) -> str | None:
+    """What to say of a last pass that changed nothing because it had run before."""
+    *earlier, last = records
+    before = next((r.spec for r in reversed(earlier) if _name(r) == _name(last)), None)
+    return None if last.modified or before is None else f"nothing was left for it after {before}"
+
+
+def _name(record: PassRecord) -> str:
+    return record.spec.partition("{")[0]
 
 
 def _relative(program: Program) -> float:

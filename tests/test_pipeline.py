@@ -1,4 +1,4 @@
-"""Registry, order and pipeline: what is added, what is refused, what is named when it breaks."""
+"""Registry and pipeline: what is found, what is refused, what is named when it breaks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import ftc.passes
-from ftc.graph.errors import BudgetError, OrderError, PreconditionError, PromiseError, UsageError
+from ftc.graph.errors import BudgetError, PromiseError, UsageError
 from ftc.graph.printer import fingerprint
 from ftc.graph.provenance import KEY
 from ftc.passes import registry
 from ftc.passes.base import Context, Effect, Pass
-from ftc.passes.ordering import arrange
-from ftc.passes.pipeline import Observer, Pipeline, PrintIr
+from ftc.passes.pipeline import Pipeline, PrintIr
 from ftc.tests.tiny import custom, tiny
 
 aten = torch.ops.aten
@@ -107,81 +104,6 @@ def test_a_registered_pass_is_found_and_its_name_is_taken(monkeypatch):
 def test_what_is_not_a_pass_is_refused(bad):
     with pytest.raises(UsageError, match=r"not a pass|dataclass"):
         registry.register(bad)
-
-
-def test_what_is_needed_is_added_and_said():
-    program = tiny("gpt2")
-    result = Pipeline.parse("lowrank{ratio=0.9},cleanup").run(program)
-    assert [r.spec.split("{")[0] for r in result.records] == ["canonicalize", "lowrank", "cleanup"]
-    assert result.records[0].notes[0] == "added: lowrank needs a program that is canonical"
-    assert len(result.program.history) == 3
-
-
-def test_nothing_is_added_twice():
-    program = tiny("mlp")
-    once = Pipeline.parse("canonicalize").run(program).program
-    plan = Pipeline.parse("lowrank,cleanup,lowrank").plan(once)
-    assert [p.name for p, _ in plan] == ["lowrank", "cleanup", "lowrank"]
-
-
-@pytest.mark.parametrize(
-    ("text", "better"),
-    [
-        ("int8,lowrank", "lowrank,int8"),
-        ("int8,lowrank{ratio=0.5}", "lowrank{ratio=0.5},int8"),
-        ("lowrank,canonicalize", "canonicalize,lowrank"),
-    ],
-)
-def test_a_wrong_order_is_refused_before_anything_runs(text, better):
-    class Started(Observer):
-        def started(self, given, program):
-            raise AssertionError("something ran")
-
-    with pytest.raises(OrderError) as caught:
-        Pipeline.parse(text).run(tiny("mlp"), observer=Started())
-    assert caught.value.fix == f"use {better}"
-    assert Pipeline.parse(better).plan(tiny("mlp"))
-
-
-def test_a_program_that_is_past_it_is_refused():
-    quantized = Pipeline.parse("int8{min_size=0}").run(tiny("mlp")).program
-    with pytest.raises(OrderError, match="quantized") as caught:
-        Pipeline.parse("lowrank").run(quantized)
-    assert "before" in caught.value.fix
-
-
-def test_a_fact_that_nothing_provides():
-    @dataclass(frozen=True)
-    class Wants(Idle):
-        needs: ClassVar[frozenset[str]] = frozenset({"blessed"})
-
-    with pytest.raises(OrderError, match="no known pass"):
-        arrange((Wants(),), frozenset())
-    with pytest.raises(PreconditionError, match="blessed"):
-        Wants()(tiny("mlp"))
-
-
-PLANNED = st.lists(
-    st.sampled_from(["canonicalize", "cleanup", "lowrank", "int8", "freeze"]), max_size=5
-)
-
-
-@given(PLANNED)
-def test_a_plan_meets_every_need_or_is_refused_with_a_plan_that_does(names):
-    passes = tuple(registry.get(name)() for name in names)
-    try:
-        planned = [p for p, _ in arrange(passes, frozenset())]
-    except OrderError as error:
-        if error.fix.startswith("use "):
-            better = Pipeline.parse(error.fix.removeprefix("use "))
-            assert sorted(p.name for p in better.passes) == sorted(names)
-            arrange(better.passes, frozenset())
-        return
-    facts = set()
-    for each in planned:
-        assert each.needs <= facts
-        assert not each.forbids & facts
-        facts |= each.provides
 
 
 def test_a_broken_promise_names_pass_and_node():
