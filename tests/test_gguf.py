@@ -119,6 +119,13 @@ def test_damaged_gguf(llama: Path, tmp_path: Path) -> None:
     refused(lambda: capture(file), "version 9")
 
 
+def test_a_truncated_gguf_is_told_by_its_size(llama: Path, tmp_path: Path) -> None:
+    """Before anything of it is read: how many bytes there are, and how many there should be."""
+    data, file = llama.read_bytes(), tmp_path / "model.gguf"
+    file.write_bytes(data[:-1])
+    refused(lambda: capture(file), "truncated", f"{len(data) - 1:,} bytes", f"{len(data):,}")
+
+
 def test_gguf_without_the_package(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     refused(lambda: capture(llama), "pip install 'ftc[gguf]'")
