@@ -20,6 +20,8 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
+from .errors import BundleError
+from .provenance import describe
 from .signature import Signature
 
 VAL = "val"
@@ -44,7 +46,11 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
 
 
 def propagate(module: fx.GraphModule, signature: Signature) -> None:
-    """Computes ``meta["val"]`` of every node, with a fresh symbol for each dynamic dimension."""
+    """Computes ``meta["val"]`` of every node, with a fresh symbol for each dynamic dimension.
+
+    Raises:
+        BundleError: at the node where the shapes of a program from disk do not fit together.
+    """
     env = ShapeEnv(duck_shape=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     sizes = _distinct_sizes(signature)
@@ -65,7 +71,14 @@ def propagate(module: fx.GraphModule, signature: Signature) -> None:
                 fake = mode.from_tensor(concrete, symbolic_context=context)
                 node.meta[VAL] = fake.to("cpu")
         else:
-            infer(node, module, mode)
+            try:
+                infer(node, module, mode)
+            except Exception as error:
+                raise BundleError(
+                    f"the shapes of this program do not fit together: {str(error).splitlines()[0]}",
+                    where=describe(node),
+                    fix="make the bundle again",
+                ) from error
 
 
 def infer(node: fx.Node, module: fx.GraphModule, mode: FakeTensorMode) -> None:

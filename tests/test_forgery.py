@@ -15,6 +15,7 @@ from ftc.graph.bundle import load_bundle, save_bundle
 from ftc.graph.bundle.graph_json import decode_graph, encode_graph
 from ftc.graph.errors import BundleError
 from ftc.graph.program import Program
+from ftc.graph.shapes import propagate
 
 from .bundles import broken, files, odd
 
@@ -82,6 +83,53 @@ def test_a_later_format(bundle: Path) -> None:
 def test_forged_heads(bundle: Path, edit: Callable[[Any], Any]) -> None:
     change(bundle, "ftc.json", lambda h: edit(h) and None)
     broken(bundle)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("inputs.0.shape", ["batch", -3]),
+        ("inputs.0.shape", ["batch", 2**40]),
+        ("inputs.0.shape", [2**20, 2**20]),
+        ("inputs.0.shape", ["batch", True]),
+        ("inputs.0.shape", ["batch", 2.5]),
+        ("inputs.0.shape", ["batch", [4]]),
+        ("inputs.0.shape", ["batch", ""]),
+        ("inputs.0.shape", "batch"),
+        ("inputs.0.shape", None),
+        ("inputs.0.high", -1),
+        ("inputs.0.high", 2**70),
+        ("inputs.0.high", "20"),
+        ("inputs.0.role", "evil"),
+        ("inputs.0.dtype", "float33"),
+        ("inputs.0.name", 7),
+        ("outputs.0.shape", ["batch", -1]),
+        ("limits", {"sequence": 0}),
+        ("limits", {"sequence": "many"}),
+        ("limits", {"nowhere": 7}),
+    ],
+)
+def test_what_no_signature_can_say_is_refused_with_its_place(
+    bundle: Path, place: str, value: Any
+) -> None:
+    *path, last = place.split(".")
+
+    def edit(head: Any) -> None:
+        part = head["signature"]
+        for step in path:
+            part = part[int(step) if step.isdigit() else step]
+        part[last] = value
+
+    change(bundle, "ftc.json", edit)
+    broken(bundle, "signature.", path[0] if path else last)
+
+
+def test_a_signature_of_another_program_is_refused_at_the_node(bundle: Path) -> None:
+    change(bundle, "ftc.json", lambda h: h["signature"]["inputs"][0].update(dtype="float32"))
+    program = load_bundle(bundle)
+    with pytest.raises(BundleError, match="do not fit together") as caught:
+        propagate(program.module, program.signature)
+    assert "embedding" in caught.value.where
 
 
 def call(target: str, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -29,12 +29,13 @@ from torch import fx
 
 from ftc.graph.errors import BundleError
 from ftc.graph.program import Drift, PassRecord, Program, build_module
-from ftc.graph.signature import InputSpec, OutputSpec, Signature
+from ftc.graph.signature import Signature
 
 from .graph_json import check_tensor_name, decode_graph, encode_graph
 from .output import HEAD as _HEAD
 from .output import cannot_write, check_output, is_bundle
 from .replace_folder import write_folder
+from .signature_json import decode_signature, encode_signature
 from .tensor_file import describe_tensors, read_tensors, write_tensors
 
 FORMAT = 1
@@ -94,7 +95,7 @@ def _fill(folder: Path, program: Program, files: Mapping[str, Callable[[Path], N
         "format": FORMAT,
         "ftc": _own_version(),
         "torch": torch.__version__.split("+")[0],
-        "signature": _encode_signature(program.signature),
+        "signature": encode_signature(program.signature),
         "ties": sorted(sorted(names) for names in program.ties),
         "history": [asdict(record) for record in program.history],
         "notes": [*program.notes, *notes],
@@ -120,7 +121,7 @@ def load_bundle(path: str | Path) -> Program:
     try:
         _check_files(folder, head["files"])
         stored = _read_json(folder / _GRAPH)
-        signature = _decode_signature(head["signature"])
+        signature = decode_signature(head["signature"])
         graph = decode_graph(stored["nodes"])
         facts = {check_tensor_name(name): fact for name, fact in stored["tensors"].items()}
         tensors = read_tensors(folder / _WEIGHTS, facts)
@@ -196,33 +197,6 @@ def _check_fit(graph: fx.Graph, signature: Signature, tensors: Mapping[str, Any]
 def _names(node: str, given: str) -> bool:
     """Whether a node is that of the input ``given``: torch numbers one named like a builtin."""
     return node == given or bool(re.fullmatch(rf"{re.escape(given)}_\d+", node))
-
-
-def _encode_signature(signature: Signature) -> dict[str, Any]:
-    def spec(given: InputSpec | OutputSpec) -> dict[str, Any]:
-        return {**asdict(given), "dtype": str(given.dtype).removeprefix("torch.")}
-
-    return {
-        "task": signature.task,
-        "inputs": [spec(i) for i in signature.inputs],
-        "outputs": [spec(o) for o in signature.outputs],
-        "limits": dict(sorted(signature.limits.items())),
-    }
-
-
-def _decode_signature(stored: Mapping[str, Any]) -> Signature:
-    def fields(given: Mapping[str, Any]) -> dict[str, Any]:
-        dtype = getattr(torch, str(given["dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
-            raise BundleError(f"unknown dtype {given['dtype']!r}")
-        return {**given, "dtype": dtype, "shape": tuple(given["shape"])}
-
-    return Signature(
-        task=str(stored["task"]),
-        inputs=tuple(InputSpec(**fields(i)) for i in stored["inputs"]),
-        outputs=tuple(OutputSpec(**fields(o)) for o in stored["outputs"]),
-        limits={str(k): int(v) for k, v in stored["limits"].items()},
-    )
 
 
 def _decode_record(stored: Mapping[str, Any]) -> PassRecord:
