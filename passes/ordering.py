@@ -79,7 +79,7 @@ def _place(
             f"{who} cannot run {because}: the program is {' and '.join(hindering)}",
             None if earlier else "start from the program as it was before that",
         )
-    for fact in sorted(each.needs - facts):
+    for fact in sorted(each.needed - facts):
         if fact in facts:
             continue  # an added pass provided it
         if provider := next((p for p in later if fact in p.provides), None):

@@ -129,3 +129,15 @@ def test_a_reduced_range_holds_for_pairs_and_is_finer_than_64_codes(width: int) 
     assert (dequantize(codes, scale, zero) - weight).abs().le(scale * 0.5001).all()
     assert scale.squeeze(1).lt(weight.abs().amax(1) / 64).float().mean() > 0.9
     assert not is_reduced(quantize(weight, *choose_qparams(weight, Scheme()), Scheme()))
+
+
+def test_what_a_zero_keeps_apart_is_not_mixed() -> None:
+    """A channel that is always 0, with weights 400 times the others: sums would lose digits."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32)
+    with torch.no_grad():
+        layer.weight[:, 3] = 60.0
+    given = {"input": torch.randn(16, 64).index_fill(1, torch.tensor([3]), 0.0)}
+    program = capture_module(layer, {"input": torch.randn(4, 64)})
+    context = Context(probes=(given,), probe_source="one channel asleep")
+    assert Pipeline.parse("rotate{gain=1}").run(program, context).records[-1].modified == 0
