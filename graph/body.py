@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from .program import Program
 from .shapes import VAL, same_size
-from .structure import Structure
+from .structure import Structure, find_structure
 from .structure.flow import Flow
 
 
@@ -41,6 +41,17 @@ def token_states(program: Program, structure: Structure) -> fx.Node | None:
         if found is not None:
             return found
     return None
+
+
+def classifier_head(program: Program, structure: Structure | None = None) -> frozenset[str]:
+    """Parameters of the head of a program that classifies; none of any other program.
+
+    Whoever trains adapters alone trains it too: often it is new, and always the task's own.
+    """
+    if not program.signature.task.endswith("classification"):
+        return frozenset()
+    roles = (structure or find_structure(program)).roles
+    return program.with_ties(roles["head"] - roles["adapter"])
 
 
 def _before_head(node: fx.Node, flow: Flow, inner: set[fx.Node]) -> fx.Node:

@@ -35,6 +35,8 @@ _SCALE = 0.02
 class Prefix(Pass):
     """Put learned keys and values in front at every attention, and train nothing else.
 
+    Of a program that classifies the head trains too.
+
     The function changes on purpose, so the pass promises an interface and no numbers:
     the report has the drift, and no budget is held against it.
 

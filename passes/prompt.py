@@ -42,6 +42,8 @@ _NOISE = 0.05  # where activations are quantized in groups that hold the prompt'
 class Prompt(Pass):
     """Put tokens in front of every input: learned ones, or those of a text.
 
+    What is learned trains alone, beside the head of a program that classifies.
+
     The function changes on purpose, so the pass promises an interface and no numbers:
     the report has the drift, and no budget is held against it. With a text the result is
     compared with what the program before gives with that text in front.

@@ -106,6 +106,13 @@ def test_gradients_reach_the_prefix_and_nothing_else(name):
             assert parameter.grad is None
 
 
+def test_the_head_of_a_classifier_trains_too():
+    program = Prefix()(text_model("distilbert")[1]).program
+    trained = {n for n, p in program.module.named_parameters() if p.requires_grad}
+    assert trained > set(prefix_names(program))
+    assert all("classifier" in name for name in trained - set(prefix_names(program)))
+
+
 def test_every_query_sees_the_whole_prefix_past_a_sliding_window():
     program = prefixed("mistral").clone()  # which reaches back 8 tokens
     inputs = program.signature.probe(batch=1, sequence=30)
