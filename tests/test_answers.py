@@ -29,6 +29,17 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     return root
 
 
+def test_an_embedding_is_the_same_alone_and_in_a_batch(
+    bundles: Path, tmp_path: Path, command: Command
+) -> None:
+    model, out = bundles / "embedding-model", tmp_path / "out"
+    assert command("compile", model, "--passes", "int8{min_size=16}", "-o", out).status == 0
+    texts = [word for text in ("a cat", LONG, "the dog") for word in ("--text", text)]
+    alone, batch = (np.array(command("run", out, *call, "--json").data["embeddings"])
+                    for call in (texts[:2], texts))  # fmt: skip
+    assert np.allclose(alone[0], batch[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["embedding", "label"])
 def test_a_text_that_is_cut_is_said_to_be(bundles: Path, kind: str, command: Command) -> None:
     call = ("run", bundles / kind, "--text", "a cat", "--text", LONG)

