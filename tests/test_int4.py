@@ -219,7 +219,9 @@ def test_a_weight_beyond_the_error_goes_to_the_fallback(chain: Program) -> None:
     assert done.records[-1].modified == 0
 
 
-@pytest.mark.parametrize("bad", ["group_size=7", "min_size=-5", "max_error=-1", "max_error=0.1,method=rtn"])
+@pytest.mark.parametrize(
+    "bad", ["group_size=7", "min_size=-5", "max_error=-1", "max_error=0.1,method=rtn"]
+)
 def test_options_without_a_meaning_are_refused(bad: str) -> None:
     with pytest.raises(UsageError, match="int4") as caught:
         Pipeline.parse(f"int4{{{bad}}}")
