@@ -21,7 +21,7 @@ from ftc.graph.printer import fingerprint
 from ftc.graph.program import PassRecord, Program
 from ftc.graph.provenance import provenance
 from ftc.graph.select import select
-from ftc.graph.signature import format_shape
+from ftc.graph.signature import format_spec
 from ftc.graph.structure import Structure, find_structure
 
 _ORDER = ("adapter", "embedding", "attention", "ffn", "head", "norm", "conv", "product")
@@ -93,8 +93,8 @@ def summarize(program: Program, source: str, sizes: dict[str, int] | None = None
         source=source,
         task=signature.task,
         fingerprint=fingerprint(program),
-        inputs={s.name: f"{_short(s.dtype)} {format_shape(s.shape)}" for s in signature.inputs},
-        outputs={s.name: f"{_short(s.dtype)} {format_shape(s.shape)}" for s in signature.outputs},
+        inputs={spec.name: format_spec(spec) for spec in signature.inputs},
+        outputs={spec.name: format_spec(spec) for spec in signature.outputs},
         limits=dict(signature.limits),
         parameters=total.parameters,
         bytes=total.bytes,
