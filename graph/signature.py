@@ -9,7 +9,7 @@ the example's without the user having to supply data.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -76,6 +76,11 @@ class Signature:
     def output_names(self) -> tuple[str, ...]:
         """Names of the outputs, in returning order."""
         return tuple(o.name for o in self.outputs)
+
+    def with_outputs_of(self, other: Signature) -> Signature:
+        """This signature with those outputs that ``other`` has as well, of the same type."""
+        kept = tuple(spec for spec in self.outputs if spec in other.outputs)
+        return replace(self, outputs=kept)
 
     @property
     def dims(self) -> tuple[str, ...]:

@@ -182,8 +182,8 @@ class Pass(ABC):
             return None
         if set(before.signature.input_names) != set(after.signature.input_names):
             return None  # an interface pass that changed the inputs: nothing to compare on
-        same = tuple(o for o in before.signature.outputs if o in after.signature.outputs)
-        if not same:
+        signature = before.signature.with_outputs_of(after.signature)
+        if not signature.outputs:
             return None  # one that changed all outputs
         probes = ctx.probes_for(after)
         if before.signature.limits == after.signature.limits:
@@ -193,7 +193,6 @@ class Pass(ABC):
         differences: list[Difference] = []
         outputs = zip(probes, expected, self._outputs(after, ctx), strict=True)
         for probe, old, new in outputs:
-            signature = replace(before.signature, outputs=same)
             differences += compare(old, new, probe, signature).values()
         drift = summarize(differences, ctx.probe_source)
         if self.effect is Effect.EXACT and not all(d.is_rounding for d in differences):

@@ -25,6 +25,7 @@ import torch
 from torch import fx, nn
 
 from ftc.graph.adapters import LORA_A, LORA_B, adapter_kind, lora_adapters
+from ftc.graph.body import classifier_head
 from ftc.graph.cost import cost
 from ftc.graph.errors import PreconditionError, UsageError
 from ftc.graph.program import Program
@@ -99,11 +100,9 @@ class Lora(Pass):
 
     def _also(self, program: Program, structure: Structure) -> frozenset[str]:
         """Parameters that train besides the adapters."""
-        if self.also == "auto":
-            classifies = program.signature.task.endswith("classification")
-            chosen = structure.roles["head"] if classifies else frozenset()
-        else:
-            chosen = frozenset() if self.also == "none" else select(self.also, program, structure)
+        if self.also in ("auto", "none"):
+            return classifier_head(program, structure) if self.also == "auto" else frozenset()
+        chosen = select(self.also, program, structure)
         return program.with_ties(name for name in chosen if not adapter_kind(name))
 
     def _targeted(self, rw: Rewriter, structure: Structure, also: frozenset[str]) -> list[LoraSite]:

@@ -1,0 +1,147 @@
+"""PEFT's folders: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+Low-rank adapters, prefixes and soft prompts, both ways. What PEFT has and ftc has not
+is refused by its name; a pickle in the place of the safetensors file is never opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ftc.graph.adapters import adapter_kind, adapter_parameters
+from ftc.graph.errors import BundleError, UsageError
+from ftc.graph.peft_layout import (
+    prefix_from_peft,
+    prefix_names,
+    prefix_to_peft,
+    prompt_name,
+)
+from ftc.graph.program import Program
+from ftc.graph.structure import find_structure
+from ftc.passes.pipeline import Pipeline
+from ftc.passes.prefix import Prefix
+from ftc.passes.prompt import Prompt
+
+from . import peft_lora
+from .files import put
+from .folder import read_head, read_tensors, write
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_EMBEDDINGS = "prompt_embeddings"
+_TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "feature-extraction": "FEATURE_EXTRACTION",
+}
+
+
+def save_peft(
+    program: Program, folder: str | Path, *, base: str | None = None, force: bool = False
+) -> Path:
+    """Writes the adapters of ``program`` so that PEFT loads them on the model it came from.
+
+    Args:
+        program: with adapters of one kind.
+        folder: must not exist, or hold PEFT's adapters and ``force`` be given.
+        base: folder or name of that model, for the configuration.
+        force: replace adapters that are there.
+
+    Raises:
+        UsageError: for a program without adapters, or with some that PEFT has no place for.
+    """
+    kinds = {adapter_kind(name) for name in adapter_parameters(program)}
+    if len(kinds) != 1:
+        found = " and ".join(sorted(map(str, kinds))) or "no adapters"
+        raise UsageError(f"a folder of PEFT holds one kind, and the program has {found}",
+                         fix="save them in ftc's own format: save_adapters")  # fmt: skip
+    (kind,) = kinds
+    config, tensors = _TO[str(kind)](program)
+    shared = {
+        "task_type": _TASKS.get(program.signature.task),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+    }
+    return write(folder, CONFIG, TENSORS, tensors, lambda _: {**shared, **config}, force=force)
+
+
+def load_peft(program: Program, folder: str | Path) -> Program:
+    """``program`` with the adapters of a folder that PEFT wrote.
+
+    Args:
+        program: the model that they were trained on, in floats or quantized; not changed.
+        folder: with ``adapter_config.json``.
+
+    Raises:
+        BundleError: for a folder that is damaged, or holds a pickle.
+        UsageError: for a kind of adapter that ftc has not.
+        PreconditionError: when they do not fit the program.
+    """
+    place, config = read_head(folder, CONFIG)
+    kind = str(config.get("peft_type"))
+    if kind not in _FROM:
+        raise UsageError(f"ftc has no adapters of the type {kind}", where=str(place / CONFIG),
+                         fix=f"it has {', '.join(sorted(_FROM))}")  # fmt: skip
+    tensors = read_tensors(place / TENSORS)
+    try:
+        return _FROM[kind](program, config, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{place} is malformed: {error!r}", fix="save it again") from None
+
+
+def _prefix_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    flat = prefix_to_peft(program)
+    names = prefix_names(program)
+    heads, tokens, dim = program.tensor(names[0]).shape
+    return {
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": tokens,
+        "token_dim": heads * dim,
+        "num_attention_heads": heads,
+        "num_layers": len(names) // 2,
+        "num_transformer_submodules": 1,
+        "encoder_hidden_size": heads * dim,
+        "prefix_projection": False,
+    }, {_EMBEDDINGS: flat}
+
+
+def _prompt_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    embeddings = program.tensor(prompt_name(program)).detach()
+    cores = find_structure(program).cores
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "num_virtual_tokens": embeddings.shape[0],
+        "token_dim": embeddings.shape[1],
+        "num_attention_heads": max((core.heads for core in cores), default=0),
+        "num_layers": len(cores),
+        "num_transformer_submodules": 1,
+        "prompt_tuning_init": "RANDOM",
+    }, {_EMBEDDINGS: embeddings}
+
+
+def _prefix_from(
+    program: Program, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Program:
+    flat = tensors[_EMBEDDINGS]
+    program = Pipeline((Prefix(tokens=flat.shape[0]),)).run(program).program
+    return put(program, prefix_from_peft(program, flat))
+
+
+def _prompt_from(
+    program: Program, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Program:
+    embeddings = tensors[_EMBEDDINGS]
+    program = Pipeline((Prompt(tokens=embeddings.shape[0]),)).run(program).program
+    return put(program, {prompt_name(program): embeddings})
+
+
+_TO = {"lora": peft_lora.to_peft, "prefix": _prefix_to, "prompt": _prompt_to}
+_FROM = {
+    "LORA": peft_lora.from_peft,
+    "PREFIX_TUNING": _prefix_from,
+    "PROMPT_TUNING": _prompt_from,
+}
