@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ftc.graph.bundle import is_bundle, load_bundle
-from ftc.graph.errors import UsageError
+from ftc.graph.errors import BundleError, UsageError
 from ftc.graph.program import Program
 from ftc.graph.sources import capture
 
@@ -61,9 +61,20 @@ class TorchEngine:
         return f"torch {version}, {_threads(torch.get_num_threads())}"
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name."""
-        with torch.no_grad():
-            return self.program(inputs)
+        """Outputs by name.
+
+        Raises:
+            UsageError: for inputs that the program does not run on.
+        """
+        try:
+            with torch.no_grad():
+                return self.program(inputs)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise UsageError(
+                f"the program does not run on these inputs: {str(error).splitlines()[0]}",
+                where=", ".join(f"{name} {list(t.shape)}" for name, t in inputs.items()),
+                fix="give sizes within the model's limits: ftc inspect shows them",
+            ) from error
 
 
 class OnnxEngine:
@@ -83,6 +94,12 @@ class OnnxEngine:
         used = threads or torch.get_num_threads()
         self.program = program
         self.session: Any = OnnxSession(path, threads=used)
+        if set(self.session.output_names) != set(program.signature.output_names):
+            raise BundleError(
+                f"{path} gives {', '.join(self.session.output_names)}, and the program beside it "
+                f"{', '.join(program.signature.output_names)}",
+                fix="make the bundle again",
+            )
         self.label = f"onnxruntime {onnxruntime.__version__}, {_threads(used)}"
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

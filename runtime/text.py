@@ -152,7 +152,19 @@ def rows(
     for text, row in zip(texts, found, strict=True):
         if not row:
             raise UsageError(f"the text {text!r} has no tokens", fix="write a word")
+    _check_tokens(found, signature)
     return found
+
+
+def _check_tokens(tokens: Sequence[Sequence[int]], signature: Signature) -> None:
+    """Refuses tokens that the model's table has no row for."""
+    known = next(spec.high for spec in signature.inputs if spec.name == IDS)
+    largest = max(map(max, tokens), default=0)
+    if largest >= known:
+        raise UsageError(
+            f"the tokenizer gives token {largest}, and the model knows the {known} from 0 on",
+            fix="the tokenizer's files belong to another model: copy those of this one",
+        )
 
 
 def pad(tokens: Sequence[Sequence[int]], signature: Signature, tokenizer: Any) -> dict[str, Tensor]:

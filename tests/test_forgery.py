@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from ftc.graph.bundle import load_bundle, save_bundle
 from ftc.graph.bundle.graph_json import decode_graph, encode_graph
 from ftc.graph.errors import BundleError
-from ftc.graph.program import Program
+from ftc.graph.program import PassRecord, Program
 from ftc.graph.shapes import propagate
 
 from .bundles import broken, files, odd
@@ -28,6 +29,9 @@ def program() -> Program:
 @pytest.fixture
 def bundle(program: Program, tmp_path: Path) -> Path:
     return save_bundle(program, tmp_path / "bundle")
+
+
+RECORD = asdict(PassRecord("cleanup", "exact", 0, (), None, 1, 4, 1, 0.1, (), "00"))
 
 
 def change(bundle: Path, name: str, edit: Callable[[Any], Any], *, seal: bool = True) -> None:
@@ -77,6 +81,13 @@ def test_a_later_format(bundle: Path) -> None:
         lambda h: h["files"].pop("graph.json"),
         lambda h: h["files"].update({"../x": {"bytes": 0, "sha256": ""}}),
         lambda h: h.update(history=[{"spec": 1}]),
+        lambda h: h.update(history=[{**RECORD, "spec": 3}]),
+        lambda h: h.update(history=[{**RECORD, "seconds": "fast"}]),
+        lambda h: h.update(history=[{**RECORD, "modified": True}]),
+        lambda h: h.update(history=[{**RECORD, "drift": {"relative": 0.0}}]),
+        lambda h: h.update(notes=[1]),
+        lambda h: h.update(notes="one"),
+        lambda h: h.update(ties=[[1, 2]]),
         lambda h: h.update(format="1"),
     ],
 )

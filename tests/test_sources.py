@@ -156,6 +156,20 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def spoil(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["cls.predictions.bias"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard(folder: Path, name: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def config(**changes: Any) -> Any:
     def change(folder: Path) -> None:
         file = folder / "config.json"
@@ -179,12 +193,28 @@ def config(**changes: Any) -> Any:
         (config(model_type=None), ["model_type"]),
         (config(hidden_size=64), ["shape"]),
         (config(num_hidden_layers=3), ["layer.2"]),
-        (config(hidden_size="wide"), ["config.json"]),
+        (config(hidden_size="wide"), ["config.json", "hidden_size"]),
+        (config(hidden_act="nope"), ["nope"]),
+        (spoil, ["NaN", "predictions"]),
+        (lambda f: shard(f, 3), ["index.json", "3"]),
+        (lambda f: shard(f, "../x"), ["index.json", "outside"]),
     ],
 )
 def test_damaged_folders(copy: Path, damage: Any, words: list[str]) -> None:
     damage(copy)
     refused(lambda: capture(copy), *words)
+
+
+def test_weights_without_a_place_are_said(copy: Path) -> None:
+    config(num_hidden_layers=1)(copy)
+    (note,) = capture(copy).notes
+    assert "no place" in note and "layer.1" in note
+
+
+@pytest.mark.parametrize("named", ["Bert", [1], [], None])
+def test_architectures_that_say_nothing(copy: Path, named: Any) -> None:
+    config(architectures=named)(copy)
+    assert capture(copy).signature.task == "feature-extraction"
 
 
 def test_unknown_task_names_the_nearest(bert: Path) -> None:

@@ -28,12 +28,13 @@ import torch
 from torch import fx
 
 from ftc.graph.errors import BundleError
-from ftc.graph.program import Drift, PassRecord, Program, build_module
+from ftc.graph.program import Program, build_module
 from ftc.graph.signature import Signature
 
 from .graph_json import check_tensor_name, decode_graph, encode_graph
 from .output import HEAD as _HEAD
 from .output import cannot_write, check_output, is_bundle
+from .record_json import decode_record, decode_texts
 from .replace_folder import write_folder
 from .signature_json import decode_signature, encode_signature
 from .tensor_file import describe_tensors, read_tensors, write_tensors
@@ -130,10 +131,14 @@ def load_bundle(path: str | Path) -> Program:
         return Program(
             module=module,
             signature=signature,
-            ties=tuple(frozenset(names) for names in head["ties"]),
-            history=tuple(_decode_record(record) for record in head["history"]),
+            ties=tuple(
+                frozenset(decode_texts(t, f"ties[{i}]")) for i, t in enumerate(head["ties"])
+            ),
+            history=tuple(
+                decode_record(record, f"history[{i}]") for i, record in enumerate(head["history"])
+            ),
             assets=folder,
-            notes=tuple(head["notes"]),
+            notes=decode_texts(head["notes"], "notes"),
         )
     except BundleError as error:
         raise BundleError(error.what, where=error.where or str(folder), fix=error.fix) from None
@@ -197,18 +202,6 @@ def _check_fit(graph: fx.Graph, signature: Signature, tensors: Mapping[str, Any]
 def _names(node: str, given: str) -> bool:
     """Whether a node is that of the input ``given``: torch numbers one named like a builtin."""
     return node == given or bool(re.fullmatch(rf"{re.escape(given)}_\d+", node))
-
-
-def _decode_record(stored: Mapping[str, Any]) -> PassRecord:
-    drift = stored["drift"]
-    return PassRecord(
-        **{
-            **stored,
-            "drift": None if drift is None else Drift(**drift),
-            "provides": tuple(stored["provides"]),
-            "notes": tuple(stored["notes"]),
-        }
-    )
 
 
 def _write_lines(path: Path, content: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from ftc.graph.errors import SourceError, UsageError, nearest
 
 from .safety import load_torch, weight_files
 from .tasks import FEATURES, auto_class, default_task, model_class, supports
+
+_LONGEST = 240
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +94,15 @@ def build(
             )
     except Exception as error:
         raise SourceError(
-            f"transformers cannot load the weights: {first_line(error)}",
+            f"transformers cannot make this model: {first_line(error)}",
             where=where,
             fix="check that config.json and the weights belong to one model",
         ) from error
     _check_shapes(info["mismatched_keys"], where)
     missing = frozenset(info["missing_keys"])
+    _check_numbers(model, where)
+    if task != FEATURES:
+        notes = (*notes, *_unread(info["unexpected_keys"]))
     model.eval()
     if task == FEATURES and "decoder_input_ids" in inspect.signature(model.forward).parameters:
         model, missing = _encoder(model, missing)
@@ -115,6 +120,25 @@ def _check_shapes(mismatched: Any, where: str) -> None:
             where=where,
             fix="config.json and the weights are of different models",
         )
+
+
+def _check_numbers(model: nn.Module, where: str) -> None:
+    """Refuses weights that are no numbers: everything after them would be none either."""
+    for name, parameter in model.named_parameters():
+        if bool(parameter.isnan().any()):
+            raise SourceError(
+                f"{name} holds values that are no numbers (NaN)",
+                where=where,
+                fix="use weights from before the training went wrong, or download them again",
+            )
+
+
+def _unread(unexpected: Collection[str]) -> tuple[str, ...]:
+    """A note on weights that the model has no place for."""
+    if not unexpected:
+        return ()
+    shown, more = ", ".join(sorted(unexpected)[:2]), len(unexpected) - 2
+    return (f"weights that the model has no place for: {shown}" + f" and {more} more" * (more > 0),)
 
 
 def align(model: nn.Module) -> None:
@@ -264,7 +288,8 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first; its kind, where it says nothing."""
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    """An error of a library in one line: its message without line breaks, cut where it is long."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError) or not text:
+        return f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

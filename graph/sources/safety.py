@@ -85,13 +85,17 @@ def _no_weights(folder: Path) -> SourceError:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise SourceError(f"{index} is broken: {error}", fix="download it again") from None
     folder = index.parent
     for name in names:
+        if not isinstance(name, str):
+            raise SourceError(f"{index} names {name!r} as a file", fix="download it again")
         if Path(name).name != name:
-            raise SourceError(f"{index} names a file outside its folder: {name!r}")
+            raise SourceError(
+                f"{index} names a file outside its folder: {name!r}", fix="download it again"
+            )
         if not (folder / name).is_file():
             raise SourceError(
                 f"{folder / name} is missing, but {index.name} names it", fix="download it again"

@@ -47,7 +47,10 @@ def check_task(task: str | None) -> None:
 
 def default_task(config: Any) -> tuple[str, str | None]:
     """The task that ``architectures`` of a config.json says, and a note where it says none."""
-    for name in getattr(config, "architectures", None) or ():
+    named = getattr(config, "architectures", None)
+    for name in named if isinstance(named, list) else ():
+        if not isinstance(name, str):
+            continue
         for suffix, task in _SUFFIXES.items():
             if name.endswith(suffix) and supports(task, config):
                 return task, None
