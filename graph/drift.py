@@ -126,7 +126,7 @@ def compare(
         if a.shape != b.shape:
             difference.error = difference.max_abs = float("inf")
             continue
-        valid = _valid_rows(spec.shape, inputs, signature)
+        valid = valid_rows(spec.shape, inputs, signature)
         difference.add(a if valid is None else a[valid], b if valid is None else b[valid])
     return found
 
@@ -163,7 +163,7 @@ def measure_drift(
     return summarize(differences, source)
 
 
-def _valid_rows(shape: tuple[Any, ...], inputs: Inputs, signature: Signature) -> Tensor | None:
+def valid_rows(shape: tuple[Any, ...], inputs: Inputs, signature: Signature) -> Tensor | None:
     """Where an output's leading dimensions are not padding; None where no mask says."""
     for spec in signature.inputs:
         if spec.role == "mask" and len(spec.shape) == 2 and shape[:2] == spec.shape:

@@ -1,4 +1,4 @@
-"""The two factors of a low-rank weight, replaced by others of another rank."""
+"""The two factors of a low-rank weight: made of a product, replaced by others of another rank."""
 
 from __future__ import annotations
 
@@ -7,9 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ftc.graph.products import Product
 from ftc.graph.rewriter import Rewriter
+from ftc.graph.spectrum import Spectrum
 
 aten = torch.ops.aten
+
+
+def factor(rw: Rewriter, product: Product, found: Spectrum, rank: int) -> int:
+    """Replaces one product by two; how many parameters that saves."""
+    a, b = found.factors(rank)
+    trainable = rw.program.tensor(product.weight).requires_grad
+    bias = product.node.args[2] if product.bias is not None else None
+    rw.remove_tensor(product.weight)
+    with rw.at(product.node):
+        inner = rw.add_parameter(f"{product.weight}.A", a, trainable=trainable)
+        outer = rw.add_parameter(f"{product.weight}.B", b, trainable=trainable)
+        thin = rw.call(aten.linear.default, product.x, inner)
+        new = rw.call(aten.linear.default, thin, outer, *([] if bias is None else [bias]))
+    rw.replace(product.node, new)
+    return found.weight.numel() - a.numel() - b.numel()
 
 
 def set_factors(

@@ -1,25 +1,27 @@
 """Low rank: a product becomes two thinner ones, by truncated SVD.
 
-With ``W = U S V^T`` of shape ``[out, in]`` and rank ``r``,
+    y = W x + b   ~   B (A x) + b,    A [rank, in],   B [out, rank]
 
-    y = W x + b   ~   B (A x) + b,    A = S_r^(1/2) V_r^T  [r, in],   B = U_r S_r^(1/2)  [out, r]
+It pays where ``rank (in + out) < in out``; a product where it does not is left as it
+is. What "best" means is the metric (:mod:`ftc.graph.spectrum`):
 
-which is the best approximation of ``W`` of that rank (Eckart and Young, 1936).
-It pays where ``r (in + out) < in out``; a product where it does not is left as
-it is. ``U`` and ``S`` come from the eigenvectors of the smaller Gram matrix in
-float64, several times faster than a full SVD and as good for a truncation.
+============  ==================================================================
+``plain``     the error of the weights (Eckart and Young, 1936): ruins a model
+``diagonal``  weights times the size of their inputs (ASVD, arXiv 2312.05821)
+``whitened``  the error of the product's output (SVD-LLM, arXiv 2403.07378)
+``fisher``    the error of the *program's* outputs, to second order
+============  ==================================================================
 
-The truncation minimises the error of *weights*, not of outputs. A trained
-transformer's weights have nearly full rank, so large cuts ruin it: the default
-asks for 99.99 % of the energy, and says so when no weight has that to give.
+The last has one unit for all products, so ranks can be shared out over a program
+under one ``budget`` (:mod:`ftc.passes.ranks`): what matters keeps its weights, and
+most of what is cut comes from few products.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from ftc.graph.errors import PreconditionError, UsageError
@@ -28,22 +30,36 @@ from ftc.graph.program import Program
 from ftc.graph.provenance import describe
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
+from ftc.graph.symbols import SizesAt
 
 from .base import Context, Effect, Pass
+from .factors import factor
+from .lowrank_budget import LeastBudget
+from .lowrank_metric import Measure, Method
+from .ranks import Curve, share_out
 
-aten = torch.ops.aten
 _DEFAULT_ENERGY = 0.9999
+_CUTS = ("ratio", "rank", "energy", "budget", "max_drift")
 
 
 @dataclass(frozen=True)
 class LowRank(Pass):
-    """Factor products into two thinner ones by truncated SVD.
+    """Factor products into two thinner ones, where that makes them smaller.
 
-    Options (``ratio``, ``rank`` and ``energy`` exclude each other):
+    Options (``ratio``, ``rank``, ``energy``, ``budget`` and ``max_drift`` exclude each other):
         ratio: keep this fraction of each product's parameters, in (0, 1].
         rank: keep this many singular values of every product.
         energy: keep this fraction of the sum of squared singular values, in (0, 1];
             0.9999 when nothing is given.
+        budget: keep this fraction of the products' weights together, in (0, 1], with
+            more where it matters more.
+        max_drift: the smallest budget whose relative drift on the probes is not above this.
+        of: what the budget counts: ``params``, ``bytes`` or ``operations``.
+        method: what the factors are best for: ``plain``, ``diagonal``, ``whitened`` or
+            ``fisher``; ``auto`` is ``fisher`` where there is calibration data or a
+            budget, ``plain`` elsewhere and for ``energy``.
+        damping: how far the data's metric is pulled towards the plain one, above 0;
+            more is safer on texts unlike the calibration's.
         select: which products, a selector.
     """
 
@@ -56,26 +72,53 @@ class LowRank(Pass):
     ratio: float | None = None
     rank: int | None = None
     energy: float | None = None
+    budget: float | None = None
+    max_drift: float | None = None
+    of: Literal["params", "bytes", "operations"] = "params"
+    method: Literal["auto", "plain", "diagonal", "whitened", "fisher"] = "auto"
+    damping: float = 0.1
     select: str = "product"
 
     def __post_init__(self) -> None:
-        given = [o for o in ("ratio", "rank", "energy") if getattr(self, o) is not None]
+        given = [option for option in _CUTS if getattr(self, option) is not None]
         if len(given) > 1:
             raise UsageError(
-                f"lowrank takes one of ratio, rank, energy, not {' and '.join(given)}",
+                f"lowrank takes one of {', '.join(_CUTS)}, not {' and '.join(given)}",
                 fix=f"keep {given[0]} and drop the rest",
             )
-        for option in ("ratio", "energy"):
+        for option in ("ratio", "energy", "budget"):
             number = getattr(self, option)
             if number is not None and not 0 < number <= 1:
                 raise UsageError(
                     f"lowrank{{{option}={number}}}: {option} lies in (0, 1]",
                     fix=f"lowrank{{{option}=0.9}}",
                 )
-        if self.rank is not None and self.rank < 1:
+        for option, number, fix in (
+            ("rank", self.rank, 64),
+            ("max_drift", self.max_drift, 0.1),
+            ("damping", self.damping, 0.1),
+        ):
+            if number is not None and not number > 0:
+                raise UsageError(
+                    f"lowrank{{{option}={number}}}: {option} is above 0",
+                    fix=f"lowrank{{{option}={fix}}}",
+                )
+        if self._shared and self.method not in ("auto", "fisher"):
             raise UsageError(
-                f"lowrank{{rank={self.rank}}}: rank is 1 or more", fix="lowrank{rank=64}"
+                f"lowrank{{method={self.method}}} does not compare products with each other",
+                fix="leave method out, or use ratio=",
             )
+
+    @property
+    def _shared(self) -> bool:
+        """Whether ranks are shared out over products."""
+        return self.budget is not None or self.max_drift is not None
+
+    def _method(self, ctx: Context) -> Method:
+        if self.method != "auto":
+            return self.method
+        by_data = ctx.calibration and (self.ratio is not None or self.rank is not None)
+        return "fisher" if self._shared or by_data else "plain"
 
     def requires(self, program: Program) -> None:
         """A rank beyond a selected product's full rank is refused."""
@@ -91,20 +134,22 @@ class LowRank(Pass):
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Factors every selected product where that makes it smaller."""
-        saved, kept, shared = 0, [], 0
-        for product, weight in self._chosen(rw.program):
-            if len(rw.get_attr(product.weight).users) > 1:
-                shared += 1
-                continue
-            out_features, in_features = weight.shape
-            left, values = _spectrum(weight)
-            rank = self._rank(values, out_features, in_features)
-            if rank * (out_features + in_features) >= out_features * in_features:
-                kept.append(product.weight)
-                continue
-            self._factor(rw, product, weight, left[:, :rank], values[:rank])
-            saved += out_features * in_features - rank * (out_features + in_features)
-        self._say(rw, saved, len(kept), shared)
+        chosen = self._chosen(rw.program)
+        able = [(p, w) for p, w in chosen if len(rw.get_attr(p.weight).users) == 1]
+        if len(able) < len(chosen):
+            rw.note(f"left {len(chosen) - len(able)} products as they are: "
+                    "others read the same weight")  # fmt: skip
+        if not able:
+            return
+        measure = Measure(self._method(ctx), self.damping, rw, ctx, able)
+        if self._shared:
+            ranks = self._share(rw, ctx, able, measure)
+        else:
+            ranks = {p.weight: r for p, w in able if (r := self._own_rank(measure, p, w))}
+        before = rw.modified
+        saved = sum(factor(rw, p, measure(p, w), ranks[p.weight]) for p, w in able
+                    if p.weight in ranks)  # fmt: skip
+        self._say(rw, saved, rw.modified - before, len(able) - len(ranks))
 
     def _chosen(self, program: Program) -> list[tuple[Product, Tensor]]:
         names = select(self.select, program)
@@ -112,55 +157,53 @@ class LowRank(Pass):
             (p, program.tensor(p.weight).detach()) for p in products(program) if p.weight in names
         ]
 
-    def _rank(self, values: Tensor, out_features: int, in_features: int) -> int:
+    def _own_rank(self, measure: Measure, product: Product, weight: Tensor) -> int | None:
+        """The rank of one product by itself; None where its factors would not be smaller."""
+        out, width = weight.shape
+        most = (out * width - 1) // (out + width)
         if self.rank is not None:
-            return self.rank
-        if self.ratio is not None:
-            budget = self.ratio * out_features * in_features
-            return max(1, min(len(values), int(budget / (out_features + in_features))))
-        energy = values.square().cumsum(0)
-        wanted = (self.energy or _DEFAULT_ENERGY) * energy[-1]
-        return min(len(values), int((energy < wanted).sum()) + 1)
+            rank = self.rank
+        elif self.ratio is not None:
+            rank = max(1, int(self.ratio * out * width / (out + width)))
+        else:
+            tails = measure.values(product, weight).tails
+            left = (1 - (self.energy or _DEFAULT_ENERGY)) * tails[0]
+            rank = max(1, int((tails > left).sum()))
+        return rank if rank <= most else None
 
-    def _factor(
-        self, rw: Rewriter, product: Product, weight: Tensor, left: Tensor, values: Tensor
-    ) -> None:
-        root = values.sqrt()
-        inverse = torch.where(root > 0, 1 / root, torch.zeros_like(root))
-        a = (left * inverse).T @ weight.double()
-        b = left * root
-        trainable = rw.program.tensor(product.weight).requires_grad
-        bias = product.node.args[2] if product.bias is not None else None
-        rw.remove_tensor(product.weight)
-        with rw.at(product.node):
-            inner = rw.add_parameter(f"{product.weight}.A", a.to(weight.dtype), trainable=trainable)
-            outer = rw.add_parameter(f"{product.weight}.B", b.to(weight.dtype), trainable=trainable)
-            thin = rw.call(aten.linear.default, product.x, inner)
-            new = rw.call(aten.linear.default, thin, outer, *([] if bias is None else [bias]))
-        rw.replace(product.node, new)
+    def _share(
+        self, rw: Rewriter, ctx: Context, able: list[tuple[Product, Tensor]], measure: Measure
+    ) -> dict[str, int]:
+        """Ranks under the budget, or under the least budget that drifts little enough."""
+        units = self._units(rw.program, able)
+        curves = {p.weight: Curve((w.shape[0], w.shape[1]), measure(p, w).tails, units[p.weight])
+                  for p, w in able if measure.reaches(p)}  # fmt: skip
+        if len(curves) < len(able):
+            rw.note(f"{len(able) - len(curves)} products do not change the outputs by gradient: "
+                    "left as they are, not counted")  # fmt: skip
+        if self.budget is not None:
+            return share_out(curves, self.budget)
+        search = LeastBudget(rw.program, ctx, measure)
+        ranks, share = search.smallest(curves, self.max_drift or 0.0)
+        rw.note(f"kept {share:.3f} of {self.of}: the least within a drift of {self.max_drift:g}")
+        return ranks
 
-    def _say(self, rw: Rewriter, saved: int, kept: int, shared: int) -> None:
-        if rw.modified:
-            rw.note(f"factored {rw.modified} products, {saved:,} parameters fewer")
+    def _units(self, program: Program, able: list[tuple[Product, Tensor]]) -> dict[str, float]:
+        if self.of == "params":
+            return {p.weight: 1.0 for p, _ in able}
+        if self.of == "bytes":
+            return {p.weight: float(w.element_size()) for p, w in able}
+        at = SizesAt(program, program.signature.sizes())
+        return {p.weight: at.numel(p.x) / w.shape[1] for p, w in able}
+
+    def _say(self, rw: Rewriter, saved: int, made: int, kept: int) -> None:
+        if made:
+            rw.note(f"factored {made} products, {saved:,} parameters fewer")
         if kept:
-            rw.note(f"left {kept} products as they are: their factors would be larger")
-        if shared:
-            rw.note(f"left {shared} products as they are: others read the same weight")
-        if not rw.modified and self == LowRank(select=self.select):
+            why = "their factors would be larger, or lose more than others"
+            rw.note(f"left {kept} products as they are: {why}")
+        if not made and all(getattr(self, option) is None for option in _CUTS):
             rw.note(
                 "nothing pays at the default energy of 0.9999: "
-                "ask for a cut with ratio=, rank= or energy="
+                "ask for a cut with budget=, ratio=, rank= or energy="
             )
-
-
-def _spectrum(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors ``[out, k]`` and singular values ``[k]``, descending, in float64."""
-    matrix = weight.double()
-    if matrix.shape[0] <= matrix.shape[1]:
-        squares, left = torch.linalg.eigh(matrix @ matrix.T)
-        return left.flip(1), squares.flip(0).clamp_min(0).sqrt()
-    squares, right = torch.linalg.eigh(matrix.T @ matrix)
-    values = squares.flip(0).clamp_min(0).sqrt()
-    left = matrix @ right.flip(1)
-    scale = torch.where(values > 0, 1 / values, torch.zeros_like(values))
-    return left * scale, values

@@ -1,0 +1,208 @@
+"""lowrank: the metric, ranks under a budget, and what its options promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ftc.graph.drift import measure_drift
+from ftc.graph.errors import BudgetError, PreconditionError, UsageError
+from ftc.graph.fisher import moments
+from ftc.graph.products import products
+from ftc.graph.program import Program
+from ftc.graph.spectrum import damped_root, spectrum
+from ftc.passes.base import Context, PassResult
+from ftc.passes.pipeline import Pipeline
+from ftc.passes.ranks import Curve, share_out
+from ftc.passes.text import parse_pass
+from ftc.tests.tiny import custom, tiny
+
+
+def canonical(name: str) -> Program:
+    return Pipeline.parse("canonicalize").run(tiny(name)).program
+
+
+def data(program: Program, runs: int = 3) -> tuple[dict[str, torch.Tensor], ...]:
+    return tuple(program.signature.probe(seed=50 + run, batch=8) for run in range(runs))
+
+
+def run(spec: str, program: Program, **fields: object) -> PassResult:
+    ctx = Context.for_program(program, calibration=data(program), **fields)
+    return parse_pass(spec)(program, ctx)
+
+
+def weights(program: Program) -> int:
+    """Weights of products, factored or not."""
+    return sum(program.tensor(product.weight).numel() for product in products(program))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), st.data())
+def test_no_weight_of_the_rank_is_better_in_the_metric(out, width, drawn):
+    """Neither the plain truncation nor a neighbour of the best one."""
+    torch.manual_seed(out * 10 + width)
+    rank = drawn.draw(st.integers(1, min(out, width)))
+    weight = torch.randn(out, width, dtype=torch.float64)
+    left, right = (
+        damped_root(x @ x.T, 0.01) for x in (torch.randn(out, 12), torch.randn(width, 9))
+    )
+
+    def loss(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((left.T @ (weight - b @ a) @ right).square().sum())
+
+    found = spectrum(weight, left, right)
+    a, b = found.factors(rank)
+    best = loss(a, b)
+    assert best == pytest.approx(float(found.tails[rank]), abs=1e-5, rel=1e-4)
+    assert best <= loss(*spectrum(weight).factors(rank)) + 1e-5
+    assert best <= loss(a + 0.01 * torch.randn_like(a), b) + 1e-5
+
+
+def test_a_singular_gram_is_damped_and_zeros_are_the_identity():
+    row = torch.randn(1, 6)
+    assert torch.linalg.cond(damped_root(row.T @ row, 1e-3)) < 1e4
+    assert torch.equal(damped_root(torch.zeros(4, 4), 0.1), torch.eye(4, dtype=torch.float64))
+
+
+def test_moments_predict_the_error_of_a_linear_program():
+    """Of one product the second order is all there is: the squared relative error."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 5)
+    model.bias.data += 20  # outputs of one length: the metric's halves are independent
+    program = custom(model, input=torch.randn(4, 6))
+    program = Pipeline.parse("canonicalize").run(program).program
+    (product,) = products(program)
+    inputs = [program.signature.probe(seed=1, batch=4000)]
+    found = moments(program, inputs, [product.node])
+    change = 0.01 * torch.randn(5, 6)
+    f, g = found.gradients[product.node], found.inputs[product.x]
+    predicted = torch.trace(f @ change @ g @ change.T)
+    before = program(inputs[0])["output"].detach()
+    moved = inputs[0]["input"] @ change.T
+    actual = (moved.square().sum(1) / before.square().sum(1)).mean()
+    assert float(predicted) == pytest.approx(float(actual), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_moments_change_nothing_and_reach_every_product(name):
+    program = canonical(name)
+    before = {n: (t.clone(), t.requires_grad) for n, t in program.tensors()}
+    nodes = [product.node for product in products(program)]
+    found = moments(program, data(program), nodes, random_share=0.3)
+    again = moments(program, data(program), nodes, random_share=0.3)
+    assert all(torch.equal(found.gradients[n], again.gradients[n]) for n in nodes)
+    for tensor_name, tensor in program.tensors():
+        assert torch.equal(tensor, before[tensor_name][0])
+        assert tensor.requires_grad == before[tensor_name][1] and tensor.grad is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.3, 1.0))
+def test_ranks_hold_the_budget_and_no_swap_is_better(seed, share):
+    """Against every pair of ranks of two products that is no more expensive."""
+    generator = torch.Generator().manual_seed(seed)
+    curves = {}
+    for name, shape in (("a", (6, 8)), ("b", (10, 5))):
+        squares = torch.rand(min(shape), generator=generator, dtype=torch.float64).sort().values
+        tails = torch.cat([squares.cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+        curves[name] = Curve(shape, tails)
+    whole = sum(curve.dense for curve in curves.values())
+    if sum(curve.least for curve in curves.values()) > share * whole:
+        with pytest.raises(PreconditionError, match="cannot be met"):
+            share_out(curves, share)
+        return
+    ranks = share_out(curves, share)
+
+    def both(a: int | None, b: int | None) -> tuple[float, float]:
+        pair = ((curves["a"], a), (curves["b"], b))
+        return (sum(c.cost(r) for c, r in pair),
+                sum(0.0 if r is None else float(c.tails[r]) for c, r in pair))  # fmt: skip
+
+    cost, lost = both(ranks.get("a"), ranks.get("b"))
+    assert cost <= share * whole * (1 + 1e-9)
+    for a in (None, *range(1, 7)):
+        for b in (None, *range(1, 6)):
+            other, loses = both(a, b)
+            assert other > cost - 1e-9 or loses >= lost - 1e-9
+
+
+@pytest.mark.parametrize("name", ["mlp", "bert", "llama"])
+@pytest.mark.parametrize("budget", [0.9, 0.6])
+def test_a_budget_is_kept(name, budget):
+    program = canonical(name)
+    able = parse_pass(f"lowrank{{budget={budget}}}")
+    result = able(program, Context.for_program(program, calibration=data(program)))
+    shared = {p.weight for p in products(program)} & {p.weight for p in products(result.program)}
+    assert weights(result.program) < weights(program)
+    fixed = sum(program.tensor(n).numel() for n in shared if "head" in n)
+    assert weights(result.program) - fixed <= budget * (weights(program) - fixed) + 1e-6
+
+
+def test_by_budget_drifts_less_than_one_ratio_for_all():
+    """An important product keeps its weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(),
+                          nn.Linear(24, 8))  # fmt: skip
+    model[2].weight.data *= 0.01
+    program = Pipeline.parse("canonicalize").run(custom(model, input=torch.randn(3, 24))).program
+    drifts = [run(f"lowrank{{{how}}}", program).record.drift for how in ("budget=0.7", "ratio=0.7")]
+    assert drifts[0].relative < drifts[1].relative
+
+
+def test_max_drift_is_the_least_budget_within_it():
+    program = canonical("bert")
+    ctx = Context.for_program(program, calibration=data(program))
+    found = parse_pass("lowrank{max_drift=0.2}")(program, ctx)
+    assert 0 < found.record.drift.relative <= 0.2
+    looser = parse_pass("lowrank{max_drift=0.4}")(program, ctx)
+    assert looser.record.parameters <= found.record.parameters
+    with pytest.raises(BudgetError, match="no cut"):
+        parse_pass("lowrank{max_drift=1e-9}")(program, ctx)
+
+
+@pytest.mark.parametrize("method", ["plain", "diagonal", "whitened", "fisher"])
+def test_every_method_cuts_to_its_ratio(method):
+    program = canonical("bert")
+    result = run(f"lowrank{{ratio=0.5,method={method}}}", program)
+    assert result.modified and weights(result.program) < weights(program)
+
+
+def test_without_calibration_data_a_budget_says_what_stood_for_it():
+    program = canonical("mlp")
+    result = parse_pass("lowrank{budget=0.6}")(program)
+    assert any("random inputs" in note for note in result.record.notes)
+
+
+def test_full_budget_changes_nothing():
+    assert run("lowrank{budget=1.0}", canonical("mlp")).modified == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "word"),
+    [
+        ("lowrank{budget=0}", "budget"), ("lowrank{budget=0.5,ratio=0.5}", "one of"),
+        ("lowrank{max_drift=0}", "max_drift"), ("lowrank{damping=0}", "damping"),
+        ("lowrank{budget=0.5,method=plain}", "compare"), ("lowrank{rank=0}", "rank"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused(spec, word):
+    with pytest.raises(UsageError, match=word) as caught:
+        parse_pass(spec)
+    assert caught.value.fix
+
+
+def test_a_budget_below_rank_one_is_refused():
+    with pytest.raises(PreconditionError, match="cannot be met") as caught:
+        run("lowrank{budget=0.01}", canonical("mlp"))
+    assert "budget=" in caught.value.fix
+
+
+def test_factors_train_and_compose_with_int8():
+    program = canonical("llama")
+    cut = run("lowrank{budget=0.7}", program).program
+    both = Pipeline.parse("int8{min_size=0}").run(cut, Context.for_program(cut)).program
+    assert any(name.endswith(".A.quantized") for name, _ in both.tensors())
+    assert measure_drift(cut, both, program.signature.probe(seed=3)).relative < 0.2
