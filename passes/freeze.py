@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ftc.graph.program import Program
+from ftc.graph.errors import PreconditionError
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
 
@@ -20,7 +20,8 @@ class Freeze(Pass):
     """Choose the parameters that training changes; freeze all others.
 
     Options:
-        train: ``all``, ``none``, or a selector such as ``ffn`` or ``norm|bias``.
+        train: ``all``, ``none``, a role (``ffn``, ``attention``, ``norm``, ``bias``,
+            ``head``, ``adapter``, …) or any other selector, such as ``norm|bias``.
     """
 
     name: ClassVar[str] = "freeze"
@@ -31,7 +32,7 @@ class Freeze(Pass):
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Sets ``requires_grad`` of every parameter."""
         parameters = dict(rw.module.named_parameters())
-        chosen = _chosen(self.train, rw.program, set(parameters))
+        chosen = self._chosen(rw, set(parameters))
         trained = 0
         for name, parameter in parameters.items():
             rw.set_trainable(name, name in chosen)
@@ -43,13 +44,24 @@ class Freeze(Pass):
             f"in {len(chosen)} of {len(parameters)} tensors"
         )
 
+    def _chosen(self, rw: Rewriter, names: set[str]) -> frozenset[str]:
+        """The names to train: a tied tensor is chosen under any of its names.
 
-def _chosen(text: str, program: Program, names: set[str]) -> set[str]:
-    """The names to train: a tied tensor is chosen under any of its names."""
-    if text in ("all", "none"):
-        return names if text == "all" else set()
-    selected = set(select(text, program))
-    for tie in program.ties:
-        if tie & selected:
-            selected |= tie
-    return selected & names
+        Raises:
+            PreconditionError: where all that was selected is quantized.
+        """
+        if self.train in ("all", "none"):
+            return frozenset(names if self.train == "all" else ())
+        selected = select(self.train, rw.program)
+        chosen = rw.program.with_ties(selected) & names
+        codes = selected - rw.program.with_ties(chosen)
+        if not chosen:
+            raise PreconditionError(
+                f"{self.spec}: all {len(codes)} weights that it means are quantized, and codes "
+                "do not train",
+                where=min(codes),
+                fix=f'train adapters beside them: lora{{target="{self.train}"}}',
+            )
+        if codes:
+            rw.note(f"{len(codes)} selected weights are quantized: they do not train")
+        return chosen
