@@ -84,6 +84,7 @@ def test_a_model_without_blocks_says_what_it_has(name: str) -> None:
     assert trained(Freeze(train="head")(family(name)).program)
 
 
+@settings(max_examples=15, deadline=None)
 @given(
     roles=st.sets(st.sampled_from(["ffn", "attention", "norm", "embedding", "bias"]), min_size=1)
 )
