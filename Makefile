@@ -22,7 +22,7 @@ test: $(VENV)/.installed $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -W error
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -W error -n auto --dist loadfile
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/compile_time.py
