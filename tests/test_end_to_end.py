@@ -149,7 +149,7 @@ def test_smollm2_is_a_quarter(compiled_smollm2: Path) -> None:
     assert steps[-2]["bytes"] < 0.26 * steps[0]["bytes"]
     assert steps[-1]["bytes"] < 0.26 * steps[0]["bytes"]
     sizes = [step["bytes"] for step in steps[:-1]]
-    assert all(later <= earlier for earlier, later in pairwise(sizes))
+    assert all(later <= 1.001 * earlier for earlier, later in pairwise(sizes))
 
 
 def test_smollm2_generates(compiled_smollm2: Path, command: Command) -> None:

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from ftc.graph.bundle import load_bundle, save_bundle
 from ftc.graph.mode import set_mode
 from ftc.graph.program import Program
-from ftc.graph.sources import capture
 from ftc.runtime.lower import lower
 from ftc.runtime.session import OnnxSession
 
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, captured
 
 TOLERANCE = 1e-4
 SHAPES = (
@@ -44,14 +43,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda f: f.name)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    family: Family = request.param
-    if not isinstance(family.model, str):
-        model, examples, dynamic = family.model()
-        return Case(family, model, capture(model, examples=examples, dynamic=dynamic))
-    folder = tmp_path_factory.mktemp(family.name)
-    model = family.save(folder)
-    return Case(family, model, capture(folder))
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param, *captured(request.param.name))
 
 
 def eager(case: Case, inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -81,8 +74,10 @@ def distance(name: str, actual: Tensor, expected: Tensor, inputs: dict[str, Tens
 def test_task_and_dims(case: Case) -> None:
     signature = case.program.signature
     assert signature.task == case.family.task
-    text = "input_ids" in signature.input_names
-    assert signature.dims == (("batch", "sequence") if text else ("batch",))
+    expected = ["batch"]
+    expected += ["sequence"] * ("input_ids" in signature.input_names)
+    expected += ["decoder_sequence"] * (signature.task == "seq2seq-lm")
+    assert list(signature.dims) == expected
     for spec in signature.inputs:
         assert spec.shape[0] == "batch"
 
