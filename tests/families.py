@@ -6,6 +6,8 @@ numbers each, or a module written by hand.
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ftc.graph.program import Program
+from ftc.graph.sources import capture
 
 _SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -178,6 +183,17 @@ FAMILIES = (
     Family("cnn", cnn, "module"),
     Family("mlp", mlp, "module"),
 )  # fmt: skip
+
+
+@functools.cache
+def captured(name: str) -> tuple[nn.Module, Program]:
+    """The model of a family and its program, made once a session: clone it to change it."""
+    each = family(name)
+    if not isinstance(each.model, str):
+        model, examples, dynamic = each.model()
+        return model, capture(model, examples=examples, dynamic=dynamic)
+    with tempfile.TemporaryDirectory() as folder:
+        return each.save(Path(folder)), capture(folder)
 
 
 def family(name: str) -> Family:
