@@ -109,7 +109,9 @@ def damped_root(moment: Tensor, damping: float) -> Tensor:
         moment: symmetric, positive semidefinite ``[n, n]``, or its diagonal ``[n]``.
         damping: above 0.
     """
-    matrix = (torch.diag(moment) if moment.dim() == 1 else moment).double()
+    matrix = moment.double()
+    if matrix.dim() == 1:
+        return torch.diag((matrix + damping * matrix.mean()).sqrt())
     level = float(matrix.diagonal().mean())
     if not level > 0:
         return torch.eye(len(matrix), dtype=torch.float64)

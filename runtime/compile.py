@@ -49,6 +49,7 @@ from .measure import machine
 from .memory import collected_by_hand, release, trim
 from .parity import check_parity
 from .probes import check_measuring, make_context
+from .recover import recovering
 from .report import ONNX, CompileReport, Plan, Step, original_step, pass_step
 from .shipped import describe_shipped
 
@@ -98,6 +99,7 @@ def compile_model(
     shapes: str | None = None,
     dialect: Dialect = "onnxruntime",
     max_drift: float | None = None,
+    recover: int | None = None,
     force: bool = False,
     trust: bool = False,
     seed: int = 0,
@@ -117,6 +119,7 @@ def compile_model(
         shapes: the sizes it will meet, ``batch=1:8,sequence=1:128``, to choose kernels for.
         dialect: ``standard`` for an ONNX file of standard operators only.
         max_drift: largest relative drift of any pass and of the whole.
+        recover: steps to train the factors of ``lowrank`` for, on the calibration data.
         force: replace a bundle that is there.
         trust: allow a ``.pt2``.
         seed: of random probes.
@@ -125,11 +128,10 @@ def compile_model(
 
     Raises:
         UsageError: for a wrong call, before any work is done.
-        FtcError: as capture, the passes, the lowering and the bundle raise it; nothing
-            is written then.
+        FtcError: as capture, passes, lowering and bundle raise it; nothing is written then.
     """
     run = _Run(progress)
-    pipeline = _prepare(passes, out, target, force)
+    pipeline = recovering(_prepare(passes, out, target, force), recover, progress)
     check_measuring(calib, max_drift)
     with run.phase("capture", f"capturing {source}"):
         held = [_captured(source, task, trust)]
@@ -152,8 +154,7 @@ def compile_model(
         with run.phase("parity", "comparing onnxruntime with the graph"):
             step, total = _prove(signature, expected, result, engine, ctx, path, lowered)
         with run.phase("latency", "measuring latency"), torch_threads(1):
-            base = TorchEngine(original)
-            latencies = _latency(base, engine)
+            latencies = _latency(base := TorchEngine(original), engine)
             label = f"{base.label}, the graph after its exact passes"
         steps = (first, *(pass_step(record) for record in done.records), step)
         made.append(CompileReport(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 @click.option("--shapes", metavar="SIZES", help="Choose kernels for batch=1:8,sequence=1:128.")
 @dialect_option
 @click.option("--max-drift", type=float, metavar="X", help="Largest relative error accepted.")
+@click.option("--recover", type=int, metavar="STEPS", help="Train what lowrank made, on the "
+              "calibration text, to say what the model said.")  # fmt: skip
 @click.option("--print-ir-after", multiple=True, metavar="PASS", help="Print the graph after "
               "a pass, or after all.")  # fmt: skip
 @click.option("--timing", is_flag=True, help="Show the time of each phase.")
