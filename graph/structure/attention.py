@@ -15,7 +15,10 @@ from torch import Tensor, fx
 from ftc.graph.cost import operator_name
 from ftc.graph.shapes import VAL
 
-from .flow import Flow, RawCore
+from .causal import Masks
+from .flow import Flow, Masking, RawCore
+from .operands import before_repetition, score_factors, untransposed
+from .rotary import Rotary, find_rotary
 from .weights import WeightProduct
 
 
@@ -34,6 +37,20 @@ class AttentionCore:
         softmax: its softmax when it is written out, else None.
         names: logical names of all weights that belong to it: those of its
             products, and norms, biases and tables on the way.
+        query, key, value: the operands, heads apart: ``[batch, heads, length,
+            head_dim]``, or as a written-out attention has them (heads folded into
+            the batch, keys with other axes than by a transposition).
+        grouped_key, grouped_value: the same with ``kv_heads`` heads, before they
+            are repeated for several queries: what a cache keeps. The operands
+            themselves where none is repeated, or only before it is turned.
+        masks: every value that is added to the scores or excludes places (biases
+            by distance are apart from the mask in some models), with what it does.
+        scale: what the product of ``query`` and ``key`` is multiplied by; None
+            where that is no constant.
+        cap: the bound ``c`` of ``c tanh(scores / c)``, None without one.
+        causal: no query sees a later key, by flag or by its masks' values at a
+            small size; False too where the masks cannot be computed from the inputs.
+        rotary: where queries and where keys are turned by their position, or None.
     """
 
     node: fx.Node
@@ -47,9 +64,19 @@ class AttentionCore:
     head_dim: int
     softmax: fx.Node | None
     names: frozenset[str]
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    grouped_key: fx.Node
+    grouped_value: fx.Node
+    masks: tuple[tuple[fx.Node, Masking], ...]
+    scale: float | None
+    cap: float | None
+    causal: bool
+    rotary: tuple[Rotary, Rotary] | None
 
 
-def find_attention(flow: Flow) -> tuple[AttentionCore, ...]:
+def find_attention(flow: Flow, masks: Masks) -> tuple[AttentionCore, ...]:
     """The attention cores, in graph order."""
     takers: dict[fx.Node, list[tuple[WeightProduct, set[fx.Node]]]] = {n: [] for n in flow.cores}
     for unit in flow.units:
@@ -58,11 +85,11 @@ def find_attention(flow: Flow) -> tuple[AttentionCore, ...]:
                 path = flow.behind([unit.source])
                 if not any(_adds_streams(flow, node) for node in path):
                     takers[stop].append((unit, path))
-    return tuple(_core(flow, raw, takers[raw.node]) for raw in flow.cores.values())
+    return tuple(_core(flow, raw, takers[raw.node], masks) for raw in flow.cores.values())
 
 
 def _core(
-    flow: Flow, raw: RawCore, takers: list[tuple[WeightProduct, set[fx.Node]]]
+    flow: Flow, raw: RawCore, takers: list[tuple[WeightProduct, set[fx.Node]]], masks: Masks
 ) -> AttentionCore:
     q, k, v = (_feeding(flow, side) for side in (raw.q, raw.k, raw.v))
     extra = [p for side in raw.extra for p in _feeding(flow, side)]
@@ -76,9 +103,18 @@ def _core(
     names = flow.read_in(region).union(*(flow.products[p].names for p in products))
     heads, kv_heads, head_dim = _heads(flow, raw, q, k)
     out = tuple(unit.node for unit, _ in takers)
+    key = untransposed(raw.k) if raw.softmax is not None else raw.k
+    scale, cap = score_factors(flow, raw, head_dim)
+    turns = [find_rotary(flow, flow.behind([side])) for side in (raw.q, raw.k)]
     return AttentionCore(
-        raw.node, q, k, v, raw.mask, out, heads, kv_heads, head_dim, raw.softmax, names
-    )
+        raw.node, q, k, v, raw.mask, out, heads, kv_heads, head_dim, raw.softmax, names,
+        query=raw.q, key=key, value=raw.v,
+        grouped_key=before_repetition(key, heads, kv_heads),
+        grouped_value=before_repetition(raw.v, heads, kv_heads),
+        masks=raw.masks, scale=scale, cap=cap,
+        causal=raw.causal or masks.is_causal(raw.masks),
+        rotary=(turns[0], turns[1]) if turns[0] and turns[1] else None,
+    )  # fmt: skip
 
 
 def _feeding(flow: Flow, side: fx.Node) -> tuple[fx.Node, ...]:

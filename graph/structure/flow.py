@@ -14,19 +14,23 @@ two products of activations with a softmax between.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx
 
-from ftc.graph.cost import operator_name
+from ftc.graph.cost import argument, operator_name
 from ftc.graph.program import Program
 
 from .weights import PASSING, WeightProduct, Weights, weight_products
 
 MANY = 8
 Stops = frozenset[fx.Node] | None
+Masking = Literal["added", "subtracted", "keeps", "blocks"]
+"""What a mask does: it is added to the scores or taken from them, or is true at places that stay
+or that go."""
 _NONE: frozenset[fx.Node] = frozenset()
 _SDPA = "aten.scaled_dot_product_attention"
 _SOFTMAX = ("aten.softmax", "aten._softmax")
@@ -48,6 +52,8 @@ class RawCore:
         softmax: the softmax node, or None for the fused operator.
         scores: the products of queries and keys; empty for the fused operator.
         mask: what is added to or fills the scores, or None.
+        masks: all of them, each with what it does.
+        causal: a flag of the fused operator says that no query sees a later key.
     """
 
     node: fx.Node
@@ -58,6 +64,8 @@ class RawCore:
     softmax: fx.Node | None = None
     scores: frozenset[fx.Node] = _NONE
     mask: fx.Node | None = None
+    masks: tuple[tuple[fx.Node, Masking], ...] = ()
+    causal: bool = False
 
 
 class Flow:
@@ -161,8 +169,11 @@ class Flow:
         args: Any = node.args
         if name == _SDPA:
             mask = args[3] if len(args) > 3 else node.kwargs.get("attn_mask")
-            return RawCore(node, args[0], args[1], args[2],
-                           mask=mask if isinstance(mask, fx.Node) else None)  # fmt: skip
+            if not isinstance(mask, fx.Node):
+                causal = bool(argument(node, "is_causal"))
+                return RawCore(node, args[0], args[1], args[2], causal=causal)
+            how: Masking = "keeps" if _is_boolean(mask) else "added"
+            return RawCore(node, args[0], args[1], args[2], mask=mask, masks=((mask, how),))
         pair = _operands(node, name)
         if pair is None:
             return None
@@ -178,19 +189,41 @@ class Flow:
         ordered = sorted(scores, key=self.order.__getitem__)
         sides = [_query_key(score, softmax) for score in ordered]
         extra = tuple(side for pair in sides[1:] for side in pair)
-        mask = self._mask(self.behind([above], until=scores))
-        return RawCore(node, *sides[0], value, extra, softmax, scores, mask)
+        masks = (*self._masks(self.behind([above], until=scores)), *_added(ordered))
+        mask = masks[0][0] if masks else None
+        return RawCore(node, *sides[0], value, extra, softmax, scores, mask, masks)
 
-    def _mask(self, region: set[fx.Node]) -> fx.Node | None:
-        """The first value without a product before it that is added to or fills the scores."""
+    def _masks(self, region: set[fx.Node]) -> Iterator[tuple[fx.Node, Masking]]:
+        """Values without a product before them that are added to or fill the scores, in order."""
         for node in sorted(region, key=self.order.__getitem__):
             if operator_name(node) in _MASKING:
                 for used in node.all_input_nodes:
                     fake = used.meta.get("val")
                     wide = isinstance(fake, Tensor) and fake.dim() >= 2
                     if wide and not self.computed(used) and used.op != "get_attr":
-                        return used
-        return None
+                        yield used, _masking(node, used, self.computed(node.args[1]))
+
+
+def _added(scores: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, Masking]]:
+    """What products of queries and keys add by themselves."""
+    for score in scores:
+        if operator_name(score) == "aten.baddbmm" and argument(score, "beta") == 1:
+            yield score.all_input_nodes[0], "added"
+
+
+def _masking(node: fx.Node, mask: fx.Node, first_kept: bool) -> Masking:
+    """What ``mask`` does in ``node``; ``first_kept``: a ``where`` keeps scores where it is true."""
+    name = operator_name(node)
+    if name == "aten.where" and node.args[0] is mask:
+        return "keeps" if first_kept else "blocks"
+    if name == "aten.masked_fill":
+        return "blocks"
+    return "subtracted" if name == "aten.sub" else "added"
+
+
+def _is_boolean(node: fx.Node) -> bool:
+    fake = node.meta.get("val")
+    return isinstance(fake, Tensor) and fake.dtype == torch.bool
 
 
 def _operands(node: fx.Node, name: str) -> tuple[fx.Node, fx.Node] | None:

@@ -21,6 +21,7 @@ from ftc.graph.cost import operator_name
 from ftc.graph.program import Program
 
 from .attention import AttentionCore, find_attention
+from .causal import Masks
 from .feedforward import FeedForward, find_feed_forwards
 from .flow import Flow
 from .layers import Layer, find_layers
@@ -70,7 +71,7 @@ def find_structure(program: Program) -> Structure:
     if shapes.fake_mode(program.graph) is None:
         shapes.propagate(program.module, program.signature)
     flow = Flow(program)
-    cores = find_attention(flow)
+    cores = find_attention(flow, Masks(program))
     blocks = find_feed_forwards(flow)
     norms = tuple(find_norms(program))
     attention = _names(cores)
