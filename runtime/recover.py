@@ -29,7 +29,7 @@ from ftc.passes.base import Context
 from ftc.passes.pipeline import Observer, Pipeline, PipelineResult
 
 Inputs = Mapping[str, Tensor]
-_RATE = 3e-4
+_RATE = 1e-4
 _BATCH = 4  # rows of a step
 _LARGEST = 1.0  # norm of a gradient
 _STATES = ("feature-extraction", "module")
@@ -161,7 +161,7 @@ def _train(
             expected = teacher(given)
         with torch.enable_grad():
             loss = _distance(student, student(given), expected, given)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, _LARGEST)
         for group in optimizer.param_groups:
             group["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
