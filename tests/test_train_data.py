@@ -64,7 +64,8 @@ def test_schedules_rise_to_one_and_never_leave_it(name: str, total: int, warmup:
 
 
 def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = [{"text": 'it is "good", really', "label": "pos"}, {"text": "bad", "label": "neg"}]
     made = datasets.Dataset.from_list(rows)
     made.save_to_disk(str(tmp_path / "folder"))
