@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from . import shapes
 from .program import LazyModule, Program, attach, build_module
 from .provenance import provenance
+from .stages import settle
 from .structure import Layer, find_structure
 
 
@@ -92,10 +93,7 @@ class Stages:
 def stage_nodes(program: Program, layers: Sequence[Layer]) -> Stages:
     """The stage of every node, and which nodes lie in a layer."""
     own = _own_layers(program, layers)
-    stage: dict[fx.Node, int] = {}
-    for node in program.graph.nodes:
-        before = max((stage[each] for each in node.all_input_nodes), default=-1)
-        stage[node] = max(own.get(node, -1), before)
+    stage = settle(program.graph.nodes, own, -1)
     inside = {node: layer for node, layer in own.items() if stage[node] == layer}
     for node in reversed(program.graph.nodes):
         here = stage[node]
