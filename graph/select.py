@@ -76,6 +76,15 @@ def select(text: str, program: Program, structure: Structure | None = None) -> f
     return found
 
 
+def check_selector(text: str) -> None:
+    """Refuses a selector that no program could be asked with; call it before there is one.
+
+    Raises:
+        UsageError: with a caret at the place that does not parse.
+    """
+    _Syntax(text).evaluate()
+
+
 class _Selection:
     """Recursive descent over the tokens of one selector.
 
@@ -134,11 +143,16 @@ class _Selection:
             return self.structure.roles[token.text]
         return self._glob(token.text)
 
-    def _layers(self, token: _Token) -> frozenset[str]:
+    def _range(self, token: _Token) -> tuple[str, str | None, str | None]:
+        """What stands before the colon, the colon, and what stands after it."""
         parsed = _LAYER.fullmatch(token.text)
         if parsed is None or token.text == "layer[]":
             raise self._error("expected layer[2] or layer[0:4]", token.start)
         low, colon, high = parsed.groups()
+        return low, colon, high
+
+    def _layers(self, token: _Token) -> frozenset[str]:
+        low, colon, high = self._range(token)
         layers = self.structure.layers
         if colon:
             chosen = layers[int(low) if low else None : int(high) if high else None]
@@ -185,6 +199,25 @@ class _Selection:
             where=f"{self.text}\n  {' ' * start}^",
             fix='for example: "ffn | attention - head", "layer[0:4] & norm", "*.weight"',
         )
+
+
+class _Syntax(_Selection):
+    """The same descent without a program: every atom that parses is empty."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.tokens, self.at = text, [], 0
+        self.structure = _NOTHING
+        self.tokens = self._tokens()
+
+    def _layers(self, token: _Token) -> frozenset[str]:
+        self._range(token)
+        return frozenset()
+
+    def _glob(self, pattern: str) -> frozenset[str]:
+        return frozenset()
+
+
+_NOTHING = Structure(dict.fromkeys(ROLES, frozenset()), frozenset(), {}, (), (), (), ())
 
 
 def _skip(text: str, position: int) -> int:

@@ -9,14 +9,15 @@ Grammar::
     bare     := anything without spaces, commas, braces and quotes
 
 A value's type is its field's annotation: ``int``, ``float``, ``bool``, ``str``,
-``Literal[...]`` or one of these ``| None`` (written ``none``). :func:`format_pass`
-prints what differs from the defaults, in the order of the fields, and
+``Literal[...]`` or one of these ``| None`` (written ``none``); numbers are finite.
+:func:`format_pass` prints what differs from the defaults, in the order of the fields, and
 ``parse_pass(format_pass(p)) == p`` for every pass ``p``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Callable
@@ -24,11 +25,15 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftc.graph.errors import UsageError, nearest
+from ftc.graph.select import check_selector
 
 if TYPE_CHECKING:
     from .base import Pass
 
 Lookup = Callable[[str], "type[Pass]"]
+
+SELECTORS = ("select", "train", "target")
+"""Options of these names are selectors (:mod:`ftc.graph.select`): their syntax is checked here."""
 
 _NAME = re.compile(r"[A-Za-z][\w.-]*")
 _KEY = re.compile(r"[^\s,{}\"'=]+")
@@ -193,7 +198,15 @@ class _Parser:
             raise self._error(
                 f"{key} takes {type_text(hint)}, not {raw!r}", start, _value_fix(raw, hint)
             )
+        if key in SELECTORS and isinstance(value, str):
+            self._check_selector(key, value, start)
         return value
+
+    def _check_selector(self, key: str, value: str, start: int) -> None:
+        try:
+            check_selector(value)
+        except UsageError as error:
+            raise self._error(f"{key}={value!r}: {error.what}", start, error.fix) from None
 
     def _peek(self) -> str:
         return self.text[self.at : self.at + 1]
@@ -250,11 +263,11 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _reads(kind: Any, raw: str) -> bool:
+    """Whether ``raw`` is a number of that kind; nothing is measured in infinities or NaN."""
     try:
-        kind(raw)
-    except ValueError:
+        return math.isfinite(kind(raw))
+    except (ValueError, OverflowError):
         return False
-    return True
 
 
 def _value_fix(raw: str, hint: Any) -> str | None:

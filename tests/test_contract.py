@@ -24,7 +24,7 @@ from ftc.graph.provenance import KEY, provenance
 from ftc.passes import registry
 from ftc.passes.base import Context, Effect, Pass
 from ftc.passes.pipeline import Pipeline
-from ftc.passes.text import parse_pass
+from ftc.passes.text import SELECTORS, parse_pass
 from ftc.tests.tiny import custom, tiny
 
 REFUSED = {  # (the pass, a model that its defaults have nothing to do on)
@@ -227,11 +227,21 @@ def test_bad_options_are_refused_with_a_caret(name):
         parse_pass(f"{name}{{nonsense=1}}")
     assert caught.value.where.endswith("\n  " + " " * (len(name) + 1) + "^")
     for option in registry.describe(registry.get(name)).options:
-        if option.type in ("a number", "an integer", "true or false"):
+        for value in bad_values(option):
             with pytest.raises(UsageError) as caught:
-                parse_pass(f"{name}{{{option.name}=word}}")
-            assert "^" in caught.value.where
-            assert caught.value.fix
+                parse_pass(f"{name}{{{option.name}={value}}}")
+            assert "^" in caught.value.where, (option, value)
+            assert caught.value.fix, (option, value)
+
+
+def bad_values(option: registry.Option) -> list[str]:
+    """Texts that no option of this type may take."""
+    if option.name in SELECTORS:
+        return ['"ffn |"', '"(ffn"', '"layer[x]"', "''"]
+    if "a string" in option.type:
+        return []
+    bad = ["no-such-word", "''", "{"]
+    return [*bad, "nan", "inf", "-inf"] if "number" in option.type else bad
 
 
 # The lossless corner of each approximate pass.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
-from ftc.graph.select import ATOMS, select
+from ftc.graph.select import ATOMS, check_selector, select
 from ftc.graph.structure import Structure, find_structure
 from ftc.tests.tiny import LAYERS, tiny
 
@@ -144,3 +144,17 @@ def test_a_program_without_blocks_says_so():
 def test_atoms_are_all_known():
     structure = _bert()[1]
     assert set(ATOMS) == {"all", "layer", *structure.roles}
+
+
+@pytest.mark.parametrize("text", ["ffn |", "", "(ffn", "layer[x]", "layer[]", '"ffn', "| ffn"])
+def test_syntax_is_checked_without_a_program(text):
+    with pytest.raises(UsageError, match="does not parse") as caught:
+        check_selector(text)
+    assert "^" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    "text", ["ffn | attention - head", "layer[0:4] & *.weight", "no.such.name"]
+)
+def test_what_parses_needs_a_program_to_be_wrong(text):
+    check_selector(text)
