@@ -12,11 +12,16 @@ Hessian is the covariance of the gradient for an answer drawn from them; where
 they are states, the squared relative error, whose Hessian is that of the gradient
 along a random direction. So one backward pass gives every product's ``F``, and losses
 of different products are in one unit.
+
+``F`` needs less data than ``G``: what matters at an output is the same for most texts.
+So of long calibration data only a part, spread over the whole, is run backward; the
+rest runs forward, up to the last product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +30,14 @@ from torch import Tensor, fx
 from torch.nn.functional import cross_entropy, linear
 
 from .drift import valid_rows
+from .observe import observe
+from .pieces import Inputs, pieces, positions, shortened
 from .program import Program
 
-Inputs = Mapping[str, Tensor]
 _STATES = ("feature-extraction", "module")  # tasks whose outputs are not scores
 _RANDOM_RUNS = 4
+_AT_ONCE = 128  # tokens of a run: its activations and scores are all that is kept
+_BACKWARD = 4096  # tokens that are run backward
 
 
 @dataclass
@@ -50,27 +58,67 @@ class Moments:
 
 def moments(
     program: Program, inputs: Sequence[Inputs], nodes: Collection[fx.Node],
-    *, random_share: float = 0.0, seed: int = 0,
+    *, gradients: bool = True, random_share: float = 0.0, seed: int = 0,
 ) -> Moments:  # fmt: skip
-    """The moments of ``nodes``, from one forward and backward pass over ``inputs``.
+    """The moments of ``nodes``, from one pass over ``inputs``.
 
     Args:
         program: is not changed.
         inputs: tensors by input name, one mapping a run; one at least.
         nodes: products ``linear(x, W, b)`` of the program.
+        gradients: whether to find ``F``, which takes a backward pass.
         random_share: how much random inputs weigh, in [0, 1): they reach what the
             given ones never use, which other texts may.
         seed: of random inputs and directions.
     """
     found = Moments()
     generator = torch.Generator().manual_seed(seed)
-    sizes = [next(iter(given.values())).numel() for given in inputs]
-    for given, size in zip(inputs, sizes, strict=True):
-        _add(found, program, given, nodes, (1 - random_share) * size / sum(sizes), generator)
-    for run in range(_RANDOM_RUNS if random_share else 0):
-        given = _random_like(program, inputs[0], seed + run)
-        _add(found, program, given, nodes, random_share / _RANDOM_RUNS, generator)
+    parts = _parts(program, inputs, 1 - random_share, gradients)
+    if random_share:
+        random = [_random_like(program, parts[0].given, seed + run) for run in range(_RANDOM_RUNS)]
+        parts += _parts(program, random, random_share, gradients)
+    copy = program.clone()
+    copy.module.requires_grad_(False)
+    for part in parts:
+        if part.gradients:
+            with torch.enable_grad():
+                outputs = _Watched(copy, program, nodes, found, part).run(
+                    *program.signature.bind(part.given)
+                )
+                loss = _loss(program, outputs, part.given, generator)
+                if loss is not None:
+                    loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            _add_inputs(found, program, part, nodes)
     return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Inputs of one run, and how much they weigh in each moment; 0: not in it."""
+
+    given: Inputs
+    inputs: float
+    gradients: float
+
+
+def _parts(
+    program: Program, inputs: Sequence[Inputs], share: float, gradients: bool
+) -> list[_Part]:
+    """Runs that weigh ``share`` together; evenly spread ones of them also run backward."""
+    signature = program.signature
+    split = pieces(signature, inputs, _AT_ONCE)
+    length = sum(positions(signature, given) for given in split)
+    step = math.ceil(length / _BACKWARD) if gradients else len(split) + 1
+    back = [gradients and index % step == 0 for index in range(len(split))]
+    split = [shortened(signature, given, _AT_ONCE) if its else given
+             for given, its in zip(split, back, strict=True)]  # fmt: skip
+    sizes = [positions(signature, given) for given in split]
+    learned = sum(size for size, its in zip(sizes, back, strict=True) if its)
+    return [
+        _Part(given, share * size / sum(sizes), share * size / learned if its else 0.0)
+        for given, size, its in zip(split, sizes, back, strict=True)
+    ]
 
 
 def _random_like(program: Program, given: Inputs, seed: int) -> dict[str, Tensor]:
@@ -84,16 +132,18 @@ def _random_like(program: Program, given: Inputs, seed: int) -> dict[str, Tensor
     return program.signature.probe(seed=seed, **sizes)
 
 
-def _add(
-    found: Moments, program: Program, given: Inputs, nodes: Collection[fx.Node],
-    weight: float, generator: torch.Generator,
-) -> None:  # fmt: skip
-    with torch.enable_grad():
-        frozen = _Watched(program.clone(), program, nodes, found, weight)
-        outputs = frozen.run(*program.signature.bind(given))
-        loss = _loss(program, outputs, given, generator)
-        if loss is not None:
-            loss.backward()  # type: ignore[no-untyped-call]
+def _add_inputs(found: Moments, program: Program, part: _Part, nodes: Collection[fx.Node]) -> None:
+    """A run forward."""
+    sources: list[Any] = list(dict.fromkeys(node.args[0] for node in nodes))
+
+    def watch(source: fx.Node) -> Callable[[Tensor], None]:
+        def add(value: Tensor) -> None:
+            rows = value.flatten(0, -2).float()
+            _add_gram(found.inputs, source, rows, part.inputs / max(len(rows), 1))
+
+        return add
+
+    observe(program, [part.given], {source: watch(source) for source in sources})
 
 
 def _loss(
@@ -137,13 +187,12 @@ class _Watched(fx.Interpreter):
 
     def __init__(
         self, clone: Program, program: Program, nodes: Collection[fx.Node],
-        found: Moments, weight: float,
+        found: Moments, part: _Part,
     ) -> None:  # fmt: skip
         super().__init__(clone.module, garbage_collect_values=True)
-        clone.module.requires_grad_(False)
         pairs = zip(program.graph.nodes, clone.graph.nodes, strict=True)
         self._original = {copy: node for node, copy in pairs if node in nodes}
-        self._found, self._weight = found, weight
+        self._found, self._part = found, part
         self._seen: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
@@ -157,9 +206,9 @@ class _Watched(fx.Interpreter):
         if source not in self._seen:
             self._seen.add(source)
             rows = x.detach().flatten(0, -2).float()
-            _add_gram(self._found.inputs, source, rows, self._weight / max(len(rows), 1))
+            _add_gram(self._found.inputs, source, rows, self._part.inputs / max(len(rows), 1))
         result = linear(x, *args[1:])
-        sums, weight = self._found.gradients, self._weight
+        sums, weight = self._found.gradients, self._part.gradients
         diagonal = result.shape[-1] > x.shape[-1]
 
         def keep(gradient: Tensor) -> None:

@@ -1,12 +1,14 @@
 """Watching values while a program runs: statistics of activations, without keeping activations.
 
 Each watched node's value is handed to a callback as soon as it is computed and
-dropped after its last use, so memory stays that of one forward pass.
+dropped after its last use, so memory stays that of one forward pass. Nothing is
+computed behind the last watched node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,9 +30,13 @@ def observe(
         watch: a callback for each node of ``program.graph`` of interest. It must
             not keep the tensor it is given, only what it computes from it.
     """
+    last = next((node for node in reversed(program.graph.nodes) if node in watch), None)
+    if last is None:
+        return
     with torch.no_grad():
         for given in inputs:
-            _Observer(program.module, watch).run(*program.signature.bind(given))
+            with suppress(_Enough):
+                _Observer(program.module, watch, last).run(*program.signature.bind(given))
 
 
 def values(
@@ -46,13 +52,23 @@ def values(
     return found
 
 
+class _Enough(Exception):
+    """The last watched node has its value."""
+
+
 class _Observer(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, watch: Mapping[fx.Node, Watch]) -> None:
+    extra_traceback = False  # what its callbacks raise is theirs
+
+    def __init__(
+        self, module: fx.GraphModule, watch: Mapping[fx.Node, Watch], last: fx.Node
+    ) -> None:
         super().__init__(module, garbage_collect_values=True)
-        self._watch = watch
+        self._watch, self._last = watch, last
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if (callback := self._watch.get(n)) is not None:
             callback(result)
+        if n is self._last:
+            raise _Enough
         return result

@@ -32,7 +32,7 @@ class Spectrum:
         squares: squared singular values, descending, float64 ``[min(out, in)]``.
         basis: singular vectors of the smaller side, float32 ``[min, min]``, or None
             where only the values were asked for.
-        root: Cholesky factor of that side's metric, or None: the identity.
+        root: Cholesky factor of that side's metric, or its diagonal, or None: the identity.
     """
 
     weight: Tensor
@@ -56,15 +56,8 @@ class Spectrum:
         assert self.basis is not None
         part, weight = self.basis[:, :rank].double(), self.weight.double()
         out, width = self.shape
-        if out <= width:
-            own = part if self.root is None else self.root @ part
-            a = own.T @ weight
-            b = part if self.root is None else solve_triangular(self.root.T, part, upper=True)
-        else:
-            own = part if self.root is None else self.root @ part
-            b = weight @ own
-            back = part if self.root is None else solve_triangular(self.root.T, part, upper=True)
-            a = back.T
+        own, back = _times(self.root, part), _undone(self.root, part)
+        a, b = (own.T @ weight, back) if out <= width else (back.T, weight @ own)
         scale = (b.norm(dim=0) / a.norm(dim=1).clamp_min(1e-300)).sqrt()
         scale = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
         dtype = self.weight.dtype
@@ -78,15 +71,16 @@ def spectrum(
 
     Args:
         weight: any float dtype; computed in float64.
-        left: lower Cholesky factor ``L [out, out]`` of the outputs' metric; None: identity.
-        right: ``R [in, in]`` of the inputs'.
+        left: lower Cholesky factor ``L [out, out]`` of the outputs' metric, or the diagonal
+            of a diagonal one ``[out]``; None: identity.
+        right: ``R [in, in]`` of the inputs', or ``[in]``.
         values_only: without singular vectors, several times as fast.
     """
     matrix = weight.double()
     if left is not None:
-        matrix = left.T @ matrix
+        matrix = left[:, None] * matrix if left.dim() == 1 else left.T @ matrix
     if right is not None:
-        matrix = matrix @ right
+        matrix = matrix * right if right.dim() == 1 else matrix @ right
     high = matrix.shape[0] <= matrix.shape[1]
     gram = matrix @ matrix.T if high else matrix.T @ matrix
     if values_only:
@@ -98,8 +92,24 @@ def spectrum(
     )
 
 
+def _times(root: Metric, part: Tensor) -> Tensor:
+    """``R P``."""
+    if root is None:
+        return part
+    return root[:, None] * part if root.dim() == 1 else root @ part
+
+
+def _undone(root: Metric, part: Tensor) -> Tensor:
+    """``R^-T P``."""
+    if root is None:
+        return part
+    if root.dim() == 1:
+        return part / root[:, None]
+    return solve_triangular(root.T, part, upper=True)
+
+
 def damped_root(moment: Tensor, damping: float) -> Tensor:
-    """Lower Cholesky factor of ``C + damping mean(diag C) I``, float64 ``[n, n]``.
+    """Lower Cholesky factor of ``C + damping mean(diag C) I``, float64 ``[n, n]`` or ``[n]``.
 
     Damping pulls the metric towards that of plain SVD, which treats all directions
     alike: what the data did not show counts for something. Raised tenfold where
@@ -111,7 +121,8 @@ def damped_root(moment: Tensor, damping: float) -> Tensor:
     """
     matrix = moment.double()
     if matrix.dim() == 1:
-        return torch.diag((matrix + damping * matrix.mean()).sqrt())
+        root = (matrix + damping * matrix.mean()).sqrt()
+        return root if bool(matrix.any()) else torch.ones_like(matrix)
     level = float(matrix.diagonal().mean())
     if not level > 0:
         return torch.eye(len(matrix), dtype=torch.float64)
@@ -119,6 +130,6 @@ def damped_root(moment: Tensor, damping: float) -> Tensor:
     while True:
         lower, failed = torch.linalg.cholesky_ex(matrix + damping * unit)
         if not failed:
-            root: Tensor = lower
-            return root
+            found: Tensor = lower
+            return found
         damping *= 10

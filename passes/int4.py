@@ -64,6 +64,8 @@ class Int4(Pass):
         min_size: leave weights with fewer elements as they are.
         max_drift: largest relative drift of the outputs on the probes; the most sensitive
             weights are left to the fallback, or in float, until it is kept.
+        residual_rank: the rank, 0 or more, of what is added to each product for its rounding
+            error, in 8 bits; 0 adds nothing.
     """
 
     name: ClassVar[str] = "int4"
@@ -81,6 +83,7 @@ class Int4(Pass):
     fallback: Literal["none", "int8"] = "none"
     min_size: int = 2048
     max_drift: float | None = None
+    residual_rank: int = 0
 
     def __post_init__(self) -> None:
         if self.group_size not in _GROUPS:
@@ -92,6 +95,11 @@ class Int4(Pass):
             raise UsageError(
                 f"int4{{min_size={self.min_size}}}: a number of elements, 0 or more",
                 fix="int4{min_size=2048}",
+            )
+        if self.residual_rank < 0:
+            raise UsageError(
+                f"int4{{residual_rank={self.residual_rank}}}: a rank, 0 or more",
+                fix="int4{residual_rank=16}",
             )
         if self.max_drift is not None and self.max_drift <= 0:
             raise UsageError(
@@ -133,7 +141,14 @@ class Int4(Pass):
         left = [name for name, level in levels.items() if level == 1]
         for name, each in done.items():
             self._replace(rw, name, list(rw.get_attr(name).users), each, sums)
+        added = [name for name, each in done.items() if each.residual is not None]
+        if added:
+            factors = [f"{name}.residual.{part}" for name in added for part in "AB"]
+            Int8(select=" | ".join(factors), min_size=0).rewrite(rw, ctx)
         self._say(rw, done, left)
+        if self.residual_rank:
+            rw.note(f"{len(added)} products have a residual of rank {self.residual_rank}; "
+                    "the others keep their weight, share it, or are too small")  # fmt: skip
         if left and self.fallback == "int8":
             Int8(select=" | ".join(left), min_size=self.min_size).rewrite(rw, ctx)
         if floats := [name for name, level in levels.items() if level == _FLOAT]:
@@ -166,9 +181,17 @@ class Int4(Pass):
         left = {name: nodes for name, nodes in readers.items() if name not in done}
         if self.method == "rtn":
             tensors = {name: rw.program.tensor(name).detach() for name in left}
-            return done | {name: to_nearest(weight, scheme) for name, weight in tensors.items()}
+            return done | {
+                name: to_nearest(weight, scheme, self._rank_for(left[name]))
+                for name, weight in tensors.items()
+            }
         data = ctx.calibration or ctx.probes_for(rw.program)
-        return done | Rounding(rw.program, data, scheme)(left)
+        return done | Rounding(rw.program, data, scheme, self.residual_rank)(left)
+
+    def _rank_for(self, readers: list[fx.Node]) -> int:
+        """Only what one product alone reads has a residual."""
+        alone = len(readers) == 1 and readers[0].target is aten.linear.default
+        return self.residual_rank if alone else 0
 
     def _is_too_far(self, rounded: Rounded) -> bool:
         error = rounded.error or 0.0
@@ -200,6 +223,8 @@ class Int4(Pass):
                     new = rw.call(ops.quantized_embedding.default, data, scale, zero,
                                   reader.args[1], *how)  # fmt: skip
                     new = _as_dtype(rw, new, value(reader).dtype)
+                if rounded.residual is not None:
+                    new = rounded.residual.add(rw, name, reader, new)
             rw.replace(reader, new)
 
     def _say(self, rw: Rewriter, rounded: Mapping[str, Rounded], unfit: list[str]) -> None:

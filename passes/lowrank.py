@@ -36,6 +36,7 @@ from .base import Context, Effect, Pass
 from .factors import factor
 from .lowrank_budget import LeastBudget
 from .lowrank_metric import Measure, Method
+from .pace import Pace
 from .ranks import Curve, share_out
 
 _DEFAULT_ENERGY = 0.9999
@@ -54,7 +55,9 @@ class LowRank(Pass):
         budget: keep this fraction of the products' weights together, in (0, 1], with
             more where it matters more.
         max_drift: the smallest budget whose relative drift on the probes is not above this.
-        of: what the budget counts: ``params``, ``bytes`` or ``operations``.
+        of: what the budget counts: ``params``, ``bytes`` or ``operations``. Factors that are
+            slower than their product on the target, at the shapes that were named, are
+            used with ``bytes`` only.
         method: what the factors are best for: ``plain``, ``diagonal``, ``whitened`` or
             ``fisher``; ``auto`` is ``fisher`` where there is calibration data or a
             budget, ``plain`` elsewhere and for ``energy``.
@@ -141,11 +144,14 @@ class LowRank(Pass):
                     "others read the same weight")  # fmt: skip
         if not able:
             return
-        measure = Measure(self._method(ctx), self.damping, rw, ctx, able)
+        limits = self._limits(rw, ctx, able)
+        measure = Measure(self._method(ctx), self.damping, rw, ctx, able,
+                          keep=self.max_drift is not None)  # fmt: skip
         if self._shared:
-            ranks = self._share(rw, ctx, able, measure)
+            ranks = self._share(rw, ctx, able, measure, limits)
         else:
-            ranks = {p.weight: r for p, w in able if (r := self._own_rank(measure, p, w))}
+            ranks = {p.weight: r for p, w in able
+                     if (r := self._own_rank(measure, p, w, limits))}  # fmt: skip
         before = rw.modified
         saved = sum(factor(rw, p, measure(p, w), ranks[p.weight]) for p, w in able
                     if p.weight in ranks)  # fmt: skip
@@ -157,10 +163,26 @@ class LowRank(Pass):
             (p, program.tensor(p.weight).detach()) for p in products(program) if p.weight in names
         ]
 
-    def _own_rank(self, measure: Measure, product: Product, weight: Tensor) -> int | None:
-        """The rank of one product by itself; None where its factors would not be smaller."""
+    def _limits(
+        self, rw: Rewriter, ctx: Context, able: list[tuple[Product, Tensor]]
+    ) -> dict[str, int]:
+        """The largest rank that pays in time, of products where that is known and asked for."""
+        pace = Pace(rw.program, ctx)
+        if self.of == "bytes" or not pace.known:
+            return {}
+        limits = {p.weight: pace.limit(p, w) or 0 for p, w in able}
+        if slower := sum(not limit for limit in limits.values()):
+            rw.note(f"left {slower} products as they are: factors of any rank are slower on "
+                    f"{ctx.target.name} at the shapes that were named")  # fmt: skip
+        return limits
+
+    def _own_rank(
+        self, measure: Measure, product: Product, weight: Tensor, limits: dict[str, int]
+    ) -> int | None:
+        """The rank of one product by itself; None where its factors would not pay."""
         out, width = weight.shape
         most = (out * width - 1) // (out + width)
+        most = min(most, limits.get(product.weight, most))
         if self.rank is not None:
             rank = self.rank
         elif self.ratio is not None:
@@ -172,12 +194,19 @@ class LowRank(Pass):
         return rank if rank <= most else None
 
     def _share(
-        self, rw: Rewriter, ctx: Context, able: list[tuple[Product, Tensor]], measure: Measure
-    ) -> dict[str, int]:
+        self, rw: Rewriter, ctx: Context, able: list[tuple[Product, Tensor]], measure: Measure,
+        limits: dict[str, int],
+    ) -> dict[str, int]:  # fmt: skip
         """Ranks under the budget, or under the least budget that drifts little enough."""
         units = self._units(rw.program, able)
-        curves = {p.weight: Curve((w.shape[0], w.shape[1]), measure(p, w).tails, units[p.weight])
-                  for p, w in able if measure.reaches(p)}  # fmt: skip
+
+        def tails(product: Product, weight: Tensor) -> Tensor:
+            known = measure if self.max_drift is not None else measure.values
+            return known(product, weight).tails
+
+        reached = [(p, w) for p, w in able if measure.reaches(p)]
+        curves = {p.weight: Curve((w.shape[0], w.shape[1]), tails(p, w), units[p.weight],
+                                  limits.get(p.weight)) for p, w in reached}  # fmt: skip
         if len(curves) < len(able):
             rw.note(f"{len(able) - len(curves)} products do not change the outputs by gradient: "
                     "left as they are, not counted")  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, fx
 
 from ftc.graph.fisher import moments
@@ -21,7 +20,7 @@ _RANDOM_SHARE = 0.3
 
 
 class Measure:
-    """Spectra of products in one metric, each computed once.
+    """Spectra of products in one metric.
 
     Args:
         method: which metric.
@@ -29,14 +28,16 @@ class Measure:
         rw: of the program; is told what the data were.
         ctx: calibration data, or probes that stand for it.
         able: the products and their weights.
+        keep: whether to keep spectra that are asked for again, in as much memory as the
+            weights take.
     """
 
     def __init__(
         self, method: Method, damping: float, rw: Rewriter, ctx: Context,
-        able: Sequence[tuple[Product, Tensor]],
+        able: Sequence[tuple[Product, Tensor]], *, keep: bool = False,
     ) -> None:  # fmt: skip
         self._method, self._damping = method, damping
-        self._known: dict[str, Spectrum] = {}
+        self._known: dict[str, Spectrum] | None = {} if keep else None
         self._roots: dict[fx.Node, Tensor] = {}
         if self._method == "plain":
             return
@@ -45,7 +46,8 @@ class Measure:
             rw.note("no calibration data: random inputs stand for it")
         share = _RANDOM_SHARE if self._method == "fisher" and ctx.calibration else 0.0
         nodes = {product.node for product, _ in able}
-        self._moments = moments(rw.program, data, nodes, random_share=share, seed=ctx.seed)
+        self._moments = moments(rw.program, data, nodes, gradients=self._method == "fisher",
+                                random_share=share, seed=ctx.seed)  # fmt: skip
         rw.note(f"factors are the best for the {self._method} metric of the data")
 
     def reaches(self, product: Product) -> bool:
@@ -55,6 +57,8 @@ class Measure:
 
     def __call__(self, product: Product, weight: Tensor) -> Spectrum:
         """The spectrum with its vectors."""
+        if self._known is None:
+            return spectrum(weight, *self._metric(product))
         if product.weight not in self._known:
             self._known[product.weight] = spectrum(weight, *self._metric(product))
         return self._known[product.weight]
@@ -70,7 +74,7 @@ class Measure:
         gram = self._moments.inputs[product.x]
         if self._method == "diagonal":
             size = gram.diagonal().double()
-            return None, torch.diag((size + self._damping * size.mean() + 1e-30) ** 0.25)
+            return None, (size + self._damping * size.mean() + 1e-30) ** 0.25
         if product.x not in self._roots:
             self._roots = {product.x: damped_root(gram, self._damping)}  # readers follow it
         right = self._roots[product.x]

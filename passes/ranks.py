@@ -29,11 +29,13 @@ class Curve:
         shape: ``(out, in)``.
         tails: loss at each rank from 0 to full, float64 ``[min(out, in) + 1]``.
         unit: cost of one weight.
+        most: the largest rank that is allowed; None: any.
     """
 
     shape: tuple[int, int]
     tails: Tensor
     unit: float = 1.0
+    most: int | None = None
 
     @property
     def dense(self) -> float:
@@ -42,7 +44,9 @@ class Curve:
 
     @property
     def least(self) -> float:
-        """Cost at rank 1, or as it is where that is less."""
+        """Cost at rank 1, or as it is where that is less or not allowed."""
+        if self.most == 0:
+            return self.dense
         return min(self.unit * sum(self.shape), self.dense)
 
     def cost(self, rank: int | None) -> float:
@@ -51,8 +55,11 @@ class Curve:
 
     def best(self, price: float) -> int | None:
         """The rank of least loss and price; None where that is to leave the product as it is."""
-        ranks = torch.arange(1, len(self.tails), dtype=torch.float64)
-        total = self.tails[1:] + price * self.unit * sum(self.shape) * ranks
+        tails = self.tails[1:] if self.most is None else self.tails[1 : self.most + 1]
+        if not len(tails):
+            return None
+        ranks = torch.arange(1, len(tails) + 1, dtype=torch.float64)
+        total = tails + price * self.unit * sum(self.shape) * ranks
         lowest = int(total.argmin())
         return None if price * self.dense <= float(total[lowest]) else lowest + 1
 

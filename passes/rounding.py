@@ -29,6 +29,8 @@ from ftc.graph.program import Program
 from ftc.graph.quantize import Scheme, choose_qparams, quantize
 from ftc.graph.side_by_side import side_by_side
 
+from .residual import Residual, residual
+
 aten = torch.ops.aten
 Readers = Mapping[str, Sequence[fx.Node]]
 
@@ -42,18 +44,24 @@ class Rounded:
         extra: columns that multiply sums of the input's groups.
         bias: the product's new bias, where it had none too; None: as it was.
         error: of the outputs on the calibration data, relative; None: not known.
+        residual: what is added for the rounding error, or None.
     """
 
     coded: Coded
     extra: int = 0
     bias: Tensor | None = None
     error: float | None = None
+    residual: Residual | None = None
 
 
-def to_nearest(weight: Tensor, scheme: Scheme) -> Rounded:
-    """Least to greatest value of each group, every weight to the nearest code."""
+def to_nearest(weight: Tensor, scheme: Scheme, rank: int = 0) -> Rounded:
+    """Least to greatest value of each group, every weight to the nearest code.
+
+    ``rank`` is that of the residual, 0 for none.
+    """
     scale, zero = choose_qparams(weight, scheme)
-    return Rounded(Coded(quantize(weight, scale, zero, scheme), scale, zero))
+    coded = Coded(quantize(weight, scale, zero, scheme), scale, zero)
+    return Rounded(coded, residual=residual(weight, coded.weight(), rank, None))
 
 
 def kept(program: Program, readers: Readers, scheme: Scheme) -> dict[str, Rounded]:
@@ -73,12 +81,14 @@ class Rounding:
         program: canonical, in float.
         data: calibration inputs.
         scheme: 4 bits.
+        rank: of the residual of each product that alone reads its weight; 0: none.
     """
 
     def __init__(
-        self, program: Program, data: Sequence[Mapping[str, Tensor]], scheme: Scheme
-    ) -> None:
-        self._program, self._data, self._scheme = program, data, scheme
+        self, program: Program, data: Sequence[Mapping[str, Tensor]], scheme: Scheme,
+        rank: int = 0,
+    ) -> None:  # fmt: skip
+        self._program, self._data, self._scheme, self._rank = program, data, scheme, rank
 
     def __call__(self, readers: Readers) -> dict[str, Rounded]:
         """Every weight of ``readers`` in codes; a weight's readers are products or lookups."""
@@ -88,7 +98,7 @@ class Rounding:
             if len(nodes) == 1 and nodes[0].target is aten.linear.default and _can_shift(nodes[0])
         }
         made = self._shared({n: r for n, r in readers.items() if n not in alone.values()})
-        visit = _Visit(self._program, self._scheme, alone)
+        visit = _Visit(self._program, self._scheme, alone, self._rank)
         if alone:
             changed = {name: each.coded.weight() for name, each in made.items()}
             side_by_side(self._program, self._data, list(alone), visit, changed)
@@ -143,8 +153,10 @@ class _Moments:
 class _Visit:
     """Rounds the weight of each product that :func:`side_by_side` comes to."""
 
-    def __init__(self, program: Program, scheme: Scheme, names: Mapping[fx.Node, str]) -> None:
-        self._program, self._scheme, self._names = program, scheme, names
+    def __init__(
+        self, program: Program, scheme: Scheme, names: Mapping[fx.Node, str], rank: int
+    ) -> None:
+        self._program, self._scheme, self._names, self._rank = program, scheme, names, rank
         self._last: tuple[fx.Node, _Moments] | None = None
         self.made: dict[str, Rounded] = {}
 
@@ -156,12 +168,15 @@ class _Visit:
         moments = self._moments(node, x, other)
         coded = compensate(weight, moments.gram, self._scheme, cross=moments.cross)
         restored = coded.weight()
+        added = residual(weight, restored, self._rank, moments.gram)
+        if added is not None:
+            restored = restored + added.weight()
         bias = moments.mean @ weight.float().T - moments.other_mean @ restored.T
         if (own := _bias(node)) is not None:
             bias += self._program.tensor(str(own.target)).detach()
         bias = bias.to(weight.dtype)
         error = output_error(weight, restored, moments.gram)
-        self.made[name] = Rounded(coded, bias=bias, error=error)
+        self.made[name] = Rounded(coded, bias=bias, error=error, residual=added)
         return restored.to(weight.dtype), bias
 
     def _moments(self, node: fx.Node, x: list[Tensor], other: list[Tensor]) -> _Moments:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,14 +23,14 @@ from torch.nn.functional import kl_div
 from ftc.graph.cost import cost
 from ftc.graph.drift import measure_drift, valid_rows
 from ftc.graph.errors import PreconditionError, UsageError
+from ftc.graph.pieces import Inputs, pieces
 from ftc.graph.printer import fingerprint
 from ftc.graph.program import PassRecord, Program
 from ftc.passes.base import Context
 from ftc.passes.pipeline import Observer, Pipeline, PipelineResult
 
-Inputs = Mapping[str, Tensor]
 _RATE = 1e-4
-_BATCH = 4  # rows of a step
+_TOKENS = 128  # of a step
 _LARGEST = 1.0  # norm of a gradient
 _STATES = ("feature-extraction", "module")
 
@@ -109,7 +109,8 @@ def recover(
         return program
     start = time.perf_counter()
     student = _trainable(program, names)
-    losses = _train(student, original, names, _rows(ctx.calibration), steps, ctx.seed, progress)
+    batches = pieces(original.signature, ctx.calibration, _TOKENS)
+    losses = _train(student, original, names, batches, steps, ctx.seed, progress)
     trains = {name: p.requires_grad for name, p in program.module.named_parameters()}
     for name, parameter in student.module.named_parameters():
         parameter.requires_grad_(trains[name])
@@ -132,16 +133,6 @@ def _trainable(program: Program, names: Sequence[str]) -> Program:
         parameter.data = parameter.data.clone()
         parameter.requires_grad_(True)
     return student
-
-
-def _rows(calibration: Sequence[Inputs]) -> list[Inputs]:
-    """The calibration inputs, at most :data:`_BATCH` rows each."""
-    pieces: list[Inputs] = []
-    for given in calibration:
-        count = len(next(iter(given.values())))
-        for at in range(0, count, _BATCH):
-            pieces.append({name: tensor[at : at + _BATCH] for name, tensor in given.items()})
-    return pieces
 
 
 def _train(

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ftc.graph import fisher
 from ftc.graph.drift import measure_drift
 from ftc.graph.errors import BudgetError, PreconditionError, UsageError
 from ftc.graph.fisher import moments
+from ftc.graph.observe import observe
+from ftc.graph.pieces import pieces, positions, shortened
 from ftc.graph.products import products
 from ftc.graph.program import Program
 from ftc.graph.spectrum import damped_root, spectrum
+from ftc.graph.target import CostTable, Point, Target, target
 from ftc.passes.base import Context, PassResult
+from ftc.passes.pace import Pace
 from ftc.passes.pipeline import Pipeline
 from ftc.passes.ranks import Curve, share_out
 from ftc.passes.text import parse_pass
@@ -97,6 +104,73 @@ def test_moments_change_nothing_and_reach_every_product(name):
     for tensor_name, tensor in program.tensors():
         assert torch.equal(tensor, before[tensor_name][0])
         assert tensor.requires_grad == before[tensor_name][1] and tensor.grad is None
+
+
+def test_inputs_in_pieces_have_the_moments_of_the_whole(monkeypatch):
+    """And only a part of them is run backward."""
+    program = canonical("llama")
+    nodes = [product.node for product in products(program)]
+    given = data(program)
+    whole = moments(program, given, nodes, gradients=False)
+    assert not whole.gradients
+    monkeypatch.setattr(fisher, "_AT_ONCE", 24)
+    monkeypatch.setattr(fisher, "_BACKWARD", 60)
+    split = moments(program, given, nodes)
+    assert set(split.gradients) == set(nodes)
+    for node, gram in whole.inputs.items():
+        torch.testing.assert_close(split.inputs[node], gram, rtol=1e-4, atol=1e-5)
+
+
+def test_pieces_hold_every_row_once():
+    signature = tiny("bert").signature
+    given = signature.probe(seed=1, batch=7, sequence=5)
+    parts = pieces(signature, [given, given], 10)
+    assert [len(part["input_ids"]) for part in parts] == [2, 2, 2, 1] * 2
+    assert torch.equal(torch.cat([p["input_ids"] for p in parts[:4]]), given["input_ids"])
+    assert positions(signature, given) == 35
+    assert {t.shape[1] for t in shortened(signature, given, 3).values()} == {3}
+    assert len(pieces(signature, [given], 1)) == 7  # one row at least
+
+
+def test_nothing_is_computed_behind_the_last_watched_node():
+    program = canonical("llama")
+    first, *_ = products(program)
+    ran: list[str] = []
+    seen = torch.fx.Interpreter.run_node
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.fx.Interpreter, "run_node",
+                      lambda self, n: (ran.append(n.name), seen(self, n))[1])  # fmt: skip
+        observe(program, data(program, 1), {first.node: lambda value: None})
+    assert ran[-1] == first.node.name and len(ran) < len(program.graph.nodes)
+
+
+def table(fixed: float) -> Target:
+    return replace(target("portable"), table=CostTable(
+        "a test", True, {"float": (Point(1, fixed, 1.0), Point(64, fixed, 64.0))}))  # fmt: skip
+
+
+def test_factors_that_are_slower_are_used_for_bytes_only():
+    """Starting a product costs more here than all of its weights."""
+    program = canonical("mlp")
+    slow = {"target": table(1e9), "shapes": (program.signature.sizes(batch=1),)}
+    with pytest.raises(PreconditionError, match="cannot be met"):
+        run("lowrank{budget=0.6}", program, **slow)
+    kept = run("lowrank{ratio=0.6}", program, **slow)
+    assert not kept.modified and any("slower" in note for note in kept.record.notes)
+    assert run("lowrank{budget=0.6,of=bytes}", program, **slow).modified
+    free = {**slow, "target": table(0.0)}
+    assert run("lowrank{budget=0.6}", program, **free).modified
+
+
+def test_the_limit_is_the_last_rank_that_is_no_slower():
+    program = canonical("mlp")
+    product = next(iter(products(program)))
+    weight = program.tensor(product.weight)
+    ctx = Context.for_program(program, target=table(20.0), shapes=(program.signature.sizes(),))
+    pace = Pace(program, ctx)
+    limit = pace.limit(product, weight)
+    assert 0 < limit < min(weight.shape)
+    assert pace.ratio(product, weight, limit) <= 1 < pace.ratio(product, weight, limit + 1)
 
 
 @settings(max_examples=40, deadline=None)

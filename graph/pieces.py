@@ -1,0 +1,54 @@
+"""Inputs in pieces: as much of a batch at once as memory should hold.
+
+What is added up over rows (moments, Gram matrices) or drawn from them (steps of a
+training) is the same however rows are grouped, and its memory is that of one piece.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from .signature import Signature
+
+Inputs = Mapping[str, Tensor]
+
+
+def positions(signature: Signature, given: Inputs) -> int:
+    """Tokens of text, or rows of other inputs: the product of all dynamic sizes."""
+    sizes = {
+        name: size
+        for spec in signature.inputs
+        for name, size in zip(spec.shape, given[spec.name].shape, strict=True)
+        if isinstance(name, str)
+    }
+    return math.prod(sizes.values())
+
+
+def pieces(signature: Signature, inputs: Sequence[Inputs], most: int) -> list[Inputs]:
+    """``inputs`` in pieces of at most ``most`` positions, one row at least.
+
+    Inputs whose first axes are not one dynamic dimension cannot be split, and stay whole.
+    """
+    first = {spec.shape[0] if spec.shape else None for spec in signature.inputs}
+    if len(first) != 1 or not isinstance(next(iter(first)), str):
+        return list(inputs)
+    made: list[Inputs] = []
+    for given in inputs:
+        count = len(next(iter(given.values())))
+        step = max(1, most * count // max(positions(signature, given), 1))
+        made += [{name: tensor[at : at + step] for name, tensor in given.items()}
+                 for at in range(0, count, step)]  # fmt: skip
+    return made
+
+
+def shortened(signature: Signature, given: Inputs, longest: int) -> Inputs:
+    """``given`` without the tokens behind the first ``longest`` of each row."""
+    made = dict(given)
+    for spec in signature.inputs:
+        for axis, dim in enumerate(spec.shape):
+            if dim == "sequence" and made[spec.name].shape[axis] > longest:
+                made[spec.name] = made[spec.name].narrow(axis, 0, longest)
+    return made
