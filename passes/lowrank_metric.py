@@ -46,6 +46,7 @@ class Measure:
             rw.note("no calibration data: random inputs stand for it")
         share = _RANDOM_SHARE if self._method == "fisher" and ctx.calibration else 0.0
         nodes = {product.node for product, _ in able}
+        self._inputs = {p.weight: p.x for p, _ in able}  # as the data ran: rewrites change them
         self._moments = moments(rw.program, data, nodes, gradients=self._method == "fisher",
                                 random_share=share, seed=ctx.seed)  # fmt: skip
         rw.note(f"factors are the best for the {self._method} metric of the data")
@@ -71,13 +72,13 @@ class Measure:
         """Roots of the metric of the product's outputs and inputs."""
         if self._method == "plain":
             return None, None
-        gram = self._moments.inputs[product.x]
+        gram = self._moments.inputs[source := self._inputs[product.weight]]
         if self._method == "diagonal":
             size = gram.diagonal().double()
             return None, (size + self._damping * size.mean() + 1e-30) ** 0.25
-        if product.x not in self._roots:
-            self._roots = {product.x: damped_root(gram, self._damping)}  # readers follow it
-        right = self._roots[product.x]
+        if source not in self._roots:
+            self._roots = {source: damped_root(gram, self._damping)}  # readers follow it
+        right = self._roots[source]
         if self._method == "whitened" or not self.reaches(product):
             return None, right
         return damped_root(self._moments.gradients[product.node], self._damping), right

@@ -250,6 +250,22 @@ def test_without_calibration_data_a_budget_says_what_stood_for_it():
     assert any("random inputs" in note for note in result.record.notes)
 
 
+@pytest.mark.parametrize("spec", ["lowrank{budget=0.5}", "lowrank{ratio=0.5}"])
+def test_products_that_read_each_other_are_both_factored(spec):
+    """The second one's input is another node by the time it is factored."""
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    program = Pipeline.parse("canonicalize").run(custom(model, input=torch.randn(3, 24))).program
+    assert len(list(products(run(spec, program).program))) > 2
+
+
+def test_a_rank_beyond_the_full_one_is_refused_with_the_largest():
+    program = canonical("mlp")
+    most = min(min(program.tensor(p.weight).shape) for p in products(program))
+    with pytest.raises(PreconditionError, match="rank exceeds") as caught:
+        run(f"lowrank{{rank={most + 1}}}", program)
+    assert f"rank <= {most}" in caught.value.fix
+
+
 def test_full_budget_changes_nothing():
     assert run("lowrank{budget=1.0}", canonical("mlp")).modified == 0
 
