@@ -72,7 +72,8 @@ class Measure:
         """Roots of the metric of the product's outputs and inputs."""
         if self._method == "plain":
             return None, None
-        gram = self._moments.inputs[source := self._inputs[product.weight]]
+        source = self._inputs[product.weight]
+        gram = self._moments.inputs[source]
         if self._method == "diagonal":
             size = gram.diagonal().double()
             return None, (size + self._damping * size.mean() + 1e-30) ** 0.25
