@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from .drift import valid_rows
 from .observe import observe
-from .pieces import Inputs, pieces, positions, shortened
+from .pieces import Inputs, dynamic_sizes, pieces, positions, shortened
 from .program import Program
 
 _STATES = ("feature-extraction", "module")  # tasks whose outputs are not scores
@@ -123,12 +123,7 @@ def _parts(
 
 def _random_like(program: Program, given: Inputs, seed: int) -> dict[str, Tensor]:
     """Random inputs of the sizes of ``given``."""
-    sizes = {
-        name: size
-        for spec in program.signature.inputs
-        for name, size in zip(spec.shape, given[spec.name].shape, strict=True)
-        if isinstance(name, str)
-    }
+    sizes = dynamic_sizes(program.signature, given)
     return program.signature.probe(seed=seed, **sizes)
 
 

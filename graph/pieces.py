@@ -16,15 +16,19 @@ from .signature import Signature
 Inputs = Mapping[str, Tensor]
 
 
-def positions(signature: Signature, given: Inputs) -> int:
-    """Tokens of text, or rows of other inputs: the product of all dynamic sizes."""
-    sizes = {
+def dynamic_sizes(signature: Signature, given: Inputs) -> dict[str, int]:
+    """The size of every dynamic dimension, by name."""
+    return {
         name: size
         for spec in signature.inputs
         for name, size in zip(spec.shape, given[spec.name].shape, strict=True)
         if isinstance(name, str)
     }
-    return math.prod(sizes.values())
+
+
+def positions(signature: Signature, given: Inputs) -> int:
+    """Tokens of text, or rows of other inputs: the product of all dynamic sizes."""
+    return math.prod(dynamic_sizes(signature, given).values())
 
 
 def pieces(signature: Signature, inputs: Sequence[Inputs], most: int) -> list[Inputs]:

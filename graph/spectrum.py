@@ -105,7 +105,8 @@ def _undone(root: Metric, part: Tensor) -> Tensor:
         return part
     if root.dim() == 1:
         return part / root[:, None]
-    return solve_triangular(root.T, part, upper=True)
+    solved: Tensor = solve_triangular(root.T, part, upper=True)
+    return solved
 
 
 def damped_root(moment: Tensor, damping: float) -> Tensor:
