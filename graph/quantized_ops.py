@@ -106,15 +106,27 @@ def quantized_linear(
         weight = _dequantize(data, scale, zero_point, bits).to(x.dtype)
         seen = block_round(x, group_size) if activation == "block" else x
         return torch.nn.functional.linear(seen, weight, bias)
-    peak = row_peak(x) if activation == "row" else None
-    codes, step = dynamic_quantize(x) if peak is None else row_quantize(x, peak)
-    if group_size == 0 and zero_point is None and bits == 8:
-        y = _integer_product(codes, data) * (step * scale[:, 0])
+    if activation == "row":
+        y = row_linear(x, row_peak(x), data, scale, zero_point, bits)
     else:
-        y = torch.nn.functional.linear(codes, _dequantize(data, scale, zero_point, bits)) * step
-    if peak is not None:
-        y = y * peak
+        y = _code_product(*dynamic_quantize(x), data, scale, zero_point, bits)
     return y if bias is None else y + bias
+
+
+def row_linear(
+    x: Tensor, peak: Tensor, data: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
+) -> Tensor:
+    """``x W^T`` with each row of ``x`` on 255 steps up to its ``peak`` ``[..., 1]``."""
+    return _code_product(*row_quantize(x, peak), data, scale, zero_point, bits) * peak
+
+
+def _code_product(
+    codes: Tensor, step: Tensor, data: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
+) -> Tensor:
+    """``step codes W^T`` of integers as floats."""
+    if scale.shape[1] == 1 and zero_point is None and bits == 8:
+        return _integer_product(codes, data) * (step * scale[:, 0])
+    return torch.nn.functional.linear(codes, _dequantize(data, scale, zero_point, bits)) * step
 
 
 def _integer_product(codes: Tensor, data: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ REFUSED = {  # (the pass, a model that its defaults have nothing to do on)
     ("prefix{tokens=2}", "mlp"),
     ("prompt", "mlp"),
     ("prompt{tokens=2}", "mlp"),
+    ("tensor_parallel", "mlp"),
 }
 SPECS = {  # beyond the defaults, which are always tested
     "freeze": ["freeze{train=product}", "freeze{train=none}"],

@@ -184,7 +184,7 @@ def resolve(name: str) -> Any:
     if len(parts) != 3 or parts[0] not in ("aten", "ftc"):
         raise BundleError(f"operator {name[:80]!r} is not allowed")
     if parts[0] == "ftc":
-        from ftc.graph import quantized_ops  # noqa: F401  (registers them)
+        from ftc.graph import parallel_ops, quantized_ops  # noqa: F401  (registers them)
     namespace, base, overload = parts
     try:
         target = getattr(getattr(getattr(torch.ops, namespace), base), overload)

@@ -96,7 +96,7 @@ def quantized_linear(
         y = e.op("MatMul", x, _float_weight(e, data, scale, zero_point, group_size))
     else:
         if activation == "row":
-            peak = _row_peak(e, x)
+            peak = row_peak(e, x)
             x = e.op("Mul", x, e.op("Reciprocal", peak))
         codes = _row_codes(e, x) if peak is not None else _tensor_codes(e, x)
         y = _integer_product(e, *codes, data, scale, zero_point, group_size)
@@ -121,12 +121,12 @@ def _block_round(e: Emitter, x: Value, group_size: int) -> Value:
     dims = e.dims(x)
     size = group_size or dims[-1]
     blocks = e.reshape(x, [*dims[:-1], dims[-1] // size, size])
-    step = e.op("Div", _row_peak(e, blocks), e.const(127, e.dtype(x)))
+    step = e.op("Div", row_peak(e, blocks), e.const(127, e.dtype(x)))
     whole = e.op("Round", e.op("Div", blocks, step))
     return e.reshape(e.op("Mul", whole, step, dims=e.dims(blocks)), dims)
 
 
-def _row_peak(e: Emitter, x: Value) -> Value:
+def row_peak(e: Emitter, x: Value) -> Value:
     """Largest magnitude of each row, never 0."""
     largest = e.op("ReduceMax", e.op("Abs", x), [-1], keepdims=1)
     return e.op("Max", largest, e.const(torch.finfo(e.dtype(x)).tiny, e.dtype(x)))
