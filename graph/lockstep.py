@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .parallel_ops import Placement, own_part, placed, put_part
+from . import parallel_ops  # noqa: F401  (registers torch.ops.ftc)
+from .placement import Placement, own_part, placed, put_part
 from .program import Program
 from .quantized_ops import row_peak
 from .sharding import shard_program, share

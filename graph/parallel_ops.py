@@ -16,104 +16,21 @@ share, and a gradient is so too: the gradient of every weight that is whole come
 out whole, on every rank. (An all-reduce that is differentiated as an all-reduce
 gives the right loss and wrong gradients.)
 
-Who a process is, is said once (:func:`place`, :func:`placed`); by default it is
-alone, and then every operator here returns what it was given.
+Who a process is, is said once (:mod:`ftc.graph.placement`); by default it is alone,
+and then every operator here returns what it was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .placement import group, here, joined, own_part, put_part, summed
 from .quantized_ops import row_linear, row_peak
 from .sharding import share
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Which of the ranks that share a program this process is.
-
-    Attributes:
-        rank, size: in ``group``.
-        group: the process group that sums and joins run in; None with more than one
-            rank for shapes alone.
-    """
-
-    rank: int = 0
-    size: int = 1
-    group: Any = None
-
-
-_here = Placement()
-
-
-def here() -> Placement:
-    """The placement of this process."""
-    return _here
-
-
-def place(placement: Placement) -> None:
-    """Says which rank this process is, from here on; one program at a time is shared."""
-    global _here
-    _here = placement
-
-
-@contextmanager
-def placed(placement: Placement) -> Iterator[None]:
-    """Within it this process is ``placement``."""
-    before = here()
-    place(placement)
-    try:
-        yield
-    finally:
-        place(before)
-
-
-def own_part(x: Tensor, axis: int, segments: Sequence[int], blocks: Sequence[int]) -> Tensor:
-    """This rank's part of a whole value, a view or a copy (see :func:`parallel_part`)."""
-    if _here.size == 1:
-        return x
-    parts, at = [], 0
-    for length, count in zip(segments, blocks, strict=True):
-        start, stop = share(length, _here.rank, _here.size, count)
-        parts.append(x.narrow(axis, at + start, stop - start))
-        at += length
-    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
-
-
-def put_part(x: Tensor, axis: int, segments: Sequence[int], blocks: Sequence[int]) -> Tensor:
-    """Zeros of the whole size with ``x`` where this rank's part is."""
-    if _here.size == 1:
-        return x
-    shape = list(x.shape)
-    shape[axis] = sum(segments)
-    made = x.new_zeros(shape)
-    at = begin = 0
-    for length, count in zip(segments, blocks, strict=True):
-        start, stop = share(length, _here.rank, _here.size, count)
-        own = x.narrow(axis, begin, stop - start)
-        made.narrow(axis, at + start, stop - start).copy_(own)
-        at, begin = at + length, begin + stop - start
-    return made
-
-
-def _summed(x: Tensor) -> Tensor:
-    """The sum over the ranks, in new memory."""
-    made = x.clone(memory_format=torch.contiguous_format)
-    if _here.size > 1:
-        dist.all_reduce(made, group=_group())
-    return made
-
-
-def _group() -> Any:
-    assert _here.group is not None, "several ranks without a process group"
-    return _here.group
 
 
 @torch.library.custom_op("ftc::parallel_copy", mutates_args=())
@@ -128,23 +45,17 @@ def parallel_reduce(x: Tensor) -> Tensor:
 
     A rank's ``x`` is a partial sum over its own columns.
     """
-    return _summed(x)
+    return summed(x)
 
 
 @torch.library.custom_op("ftc::parallel_gather", mutates_args=())
 def parallel_gather(x: Tensor, axis: int, length: int) -> Tensor:
     """The ranks' parts joined along ``axis`` to ``length``; a rank's gradient is its own part."""
-    if _here.size == 1:
+    size = here().size
+    if size == 1:
         return x.clone()
-    sizes = [share(length, r, _here.size) for r in range(_here.size)]
-    widest = max(stop - start for start, stop in sizes)
-    shape = list(x.shape)
-    shape[axis] = widest - x.shape[axis]
-    padded = torch.cat([x, x.new_zeros(shape)], axis) if shape[axis] else x.contiguous()
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=_group())
-    own = [p.narrow(axis, 0, stop - start) for p, (start, stop) in zip(parts, sizes, strict=True)]
-    return torch.cat(own, axis)
+    spans = [share(length, rank, size) for rank in range(size)]
+    return torch.cat(joined(x, axis, [stop - start for start, stop in spans]), axis)
 
 
 @torch.library.custom_op("ftc::parallel_part", mutates_args=())
@@ -166,7 +77,7 @@ def parallel_part(x: Tensor, axis: int, segments: list[int], blocks: list[int]) 
 def parallel_place(x: Tensor, axis: int, segments: list[int], blocks: list[int]) -> Tensor:
     """The parts of all ranks where they belong, those of one block summed: the transpose of
     :func:`parallel_part`."""
-    return _summed(put_part(x, axis, segments, blocks))
+    return summed(put_part(x, axis, segments, blocks))
 
 
 @torch.library.custom_op("ftc::parallel_rows", mutates_args=())
@@ -180,7 +91,7 @@ def parallel_rows(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     Returns:
         Rows of the part, 0 for what others hold, like ``ids``; 1 or 0, float32, ``[..., 1]``.
     """
-    start, stop = share(rows, _here.rank, _here.size)
+    start, stop = share(rows, here().rank, here().size)
     own = (ids >= start) & (ids < stop)
     return torch.where(own, ids - start, 0), own.unsqueeze(-1).to(torch.float32)
 
@@ -189,8 +100,8 @@ def parallel_rows(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def parallel_peak(x: Tensor) -> Tensor:
     """Largest magnitude of each row ``[..., 1]`` whose parts the ranks hold; has no gradient."""
     peak = row_peak(x)
-    if _here.size > 1:
-        dist.all_reduce(peak, dist.ReduceOp.MAX, group=_group())
+    if here().size > 1:
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group())
     return peak
 
 
@@ -229,7 +140,8 @@ def _(x: Tensor, axis: int, length: int) -> Tensor:
 @parallel_part.register_fake
 def _(x: Tensor, axis: int, segments: list[int], blocks: list[int]) -> Tensor:
     shape = list(x.shape)
-    spans = [share(n, _here.rank, _here.size, b) for n, b in zip(segments, blocks, strict=True)]
+    me = here()
+    spans = [share(n, me.rank, me.size, b) for n, b in zip(segments, blocks, strict=True)]
     shape[axis] = sum(stop - start for start, stop in spans)
     return x.new_empty(shape)
 

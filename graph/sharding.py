@@ -11,7 +11,8 @@ whole everywhere, and so are their gradients: equal on every rank. An engine nee
 
 - :func:`layout`, the shard of each name;
 - :func:`part` and :func:`whole`, between a whole tensor and the parts;
-- :func:`shard_program`, the program of one rank.
+- :func:`shard_program`, the program of one rank;
+- :func:`ftc.graph.placement.gather_whole`, the whole of a part, over processes.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def whole(parts: Sequence[Tensor], shard: Shard) -> Tensor:
 def shard_program(program: Program, rank: int, size: int) -> Program:
     """The program of one rank: the same graph and names, its own parts of the tensors.
 
-    It runs inside :func:`ftc.graph.parallel_ops.placed`, in a process group of ``size``.
+    It runs inside :func:`ftc.graph.placement.placed`, in a process group of ``size``.
     Its parts are copies: the whole tensors can go.
 
     Args:
@@ -126,7 +127,7 @@ def shard_program(program: Program, rank: int, size: int) -> Program:
         PreconditionError: where it was not split, or not for this many ranks, or was
             rewritten afterwards in a way that its parts do not fit.
     """
-    from .parallel_ops import Placement, placed
+    from .placement import Placement, placed
 
     shards = layout(program)
     if not shards and size > 1:

@@ -84,6 +84,8 @@ def _lookup(edits: Edits, node: fx.Node) -> None:
         with rw.at(node):
             pair = rw.call(ops.parallel_rows.default, ids, rows)
             local, own = (rw.call(operator.getitem, pair, i) for i in range(2))
+            if value(node).dtype != torch.float32:
+                own = rw.call(aten.to.dtype, own, value(node).dtype)
         args = [*node.args]
         args[place] = local
         rw.set_args(node, *(args[:2] if plain else args))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ftc.graph.bundle import load_bundle
-from ftc.graph.parallel_ops import Placement, placed
+from ftc.graph.placement import Placement, gather_whole, placed
 from ftc.graph.program import Program
 from ftc.graph.sharding import layout, part, shard_program
 
@@ -94,5 +94,7 @@ def _process(rank: int, store: str, folders: list[str], sizes: list[int]) -> Non
                 with placed(Placement(rank, size, groups[size])):
                     outputs = own(probe)
                     loss_of(outputs).backward()
+                    for name, shard in layout(cut).items():
+                        assert torch.equal(gather_whole(own.tensor(name), shard), cut.tensor(name))
                 assert_same_step(cut, rank, size, outputs, gradients(own), expected)
     dist.destroy_process_group()

@@ -19,10 +19,15 @@ from ftc.graph.program import Program
 from ftc.graph.sharding import Shard, layout, part, shard_program, whole
 from ftc.passes.pipeline import Pipeline
 from ftc.passes.split import Split, Whole, viewed
-
-from .families import captured
-from .ranks import assert_same_step, check_in_processes, gradients, loss_of, whole_gradients
-from .tiny import custom
+from ftc.tests.families import captured
+from ftc.tests.ranks import (
+    assert_same_step,
+    check_in_processes,
+    gradients,
+    loss_of,
+    whole_gradients,
+)
+from ftc.tests.tiny import custom
 
 BASES = {
     "full": "canonicalize",
