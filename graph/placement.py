@@ -5,7 +5,7 @@ A process says it once (:func:`place`, :func:`placed`); by default it is alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +114,19 @@ def gather_whole(own: Tensor, shard: Shard) -> Tensor:
     spans = [[share(n, rank, _here.size) for n in shard.segments] for rank in range(_here.size)]
     lengths = [sum(stop - start for start, stop in each) for each in spans]
     return whole(joined(own, shard.axis, lengths), shard)
+
+
+def norm_of(own: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> Tensor:
+    """The Euclidean norm of whole tensors together; called by every rank.
+
+    Args:
+        own: this rank's part of each, by name: gradients to be clipped.
+        shards: of those that are cut; the others are equal on all ranks and count once.
+    """
+    squares = [t.float().square().sum() for name, t in own.items() if name in shards]
+    cut = summed(torch.stack(squares).sum()) if squares else torch.zeros(())
+    rest = [t.float().square().sum() for name, t in own.items() if name not in shards]
+    return (torch.stack(rest).sum() + cut).sqrt() if rest else cut.sqrt()
 
 
 def group() -> Any:

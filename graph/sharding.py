@@ -117,7 +117,8 @@ def shard_program(program: Program, rank: int, size: int) -> Program:
     """The program of one rank: the same graph and names, its own parts of the tensors.
 
     It runs inside :func:`ftc.graph.placement.placed`, in a process group of ``size``.
-    Its parts are copies: the whole tensors can go.
+    Its parts are copies, so that the whole tensors can go; what is not cut is shared
+    with ``program``.
 
     Args:
         program: after ``tensor_parallel``, with whole tensors.

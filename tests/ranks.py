@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ftc.graph.bundle import load_bundle
-from ftc.graph.placement import Placement, gather_whole, placed
+from ftc.graph.placement import Placement, gather_whole, norm_of, placed
 from ftc.graph.program import Program
 from ftc.graph.sharding import layout, part, shard_program
+from ftc.runtime.training.modules import owned
 
 Gradients = dict[str, Tensor]
 
@@ -90,11 +91,38 @@ def _process(rank: int, store: str, folders: list[str], sizes: list[int]) -> Non
         expected = whole_gradients(cut, probe)
         for size in sizes:
             if rank < size:
-                own = shard_program(cut, rank, size)
                 with placed(Placement(rank, size, groups[size])):
-                    outputs = own(probe)
-                    loss_of(outputs).backward()
-                    for name, shard in layout(cut).items():
-                        assert torch.equal(gather_whole(own.tensor(name), shard), cut.tensor(name))
-                assert_same_step(cut, rank, size, outputs, gradients(own), expected)
+                    _check(cut, rank, size, probe, expected)
     dist.destroy_process_group()
+
+
+def _check(
+    cut: Program, rank: int, size: int, probe: dict[str, Tensor],
+    expected: tuple[dict[str, Tensor], Gradients],
+) -> None:  # fmt: skip
+    """One step's gradients, and the weights after three, on one rank."""
+    own, alone, shards = shard_program(owned(cut), rank, size), owned(cut), layout(cut)
+    outputs = own(probe)
+    loss_of(outputs).backward()
+    found = gradients(own)
+    assert_same_step(cut, rank, size, outputs, found, expected)
+    norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in expected[1].values()]))
+    torch.testing.assert_close(norm_of(found, shards), norm)
+    _train(own, probe)
+    with placed(Placement()):
+        _train(alone, probe)
+    for name, trained in alone.tensors():
+        held = own.tensor(name).detach()
+        held = gather_whole(held, shards[name]) if name in shards else held
+        torch.testing.assert_close(held, trained.detach(), rtol=1e-5, atol=1e-6)
+
+
+def _train(program: Program, probe: dict[str, Tensor]) -> None:
+    """Three steps of gradient descent."""
+    learning = [p for p in program.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(program(probe)).backward()
+        optimizer.step()
+    optimizer.zero_grad()

@@ -19,6 +19,8 @@ from ftc.graph.program import Program
 from ftc.graph.sharding import Shard, layout, part, shard_program, whole
 from ftc.passes.pipeline import Pipeline
 from ftc.passes.split import Split, Whole, viewed
+from ftc.runtime.lower import decomposed, lower
+from ftc.runtime.session import OnnxSession
 from ftc.tests.families import captured
 from ftc.tests.ranks import (
     assert_same_step,
@@ -92,6 +94,18 @@ def test_processes_compute_the_same_step(tmp_path: Path) -> None:
     folders = [save_bundle(cut(name, base, 4), tmp_path / f"{name}-{base}".replace(" ", "-"))
                for name, base in chosen]  # fmt: skip
     check_in_processes(folders, (2, 4))
+
+
+@pytest.mark.parametrize(("name", "base"), [("llama", "int8"), ("t5", "full")])
+def test_it_lowers_to_what_the_whole_program_does(name: str, base: str) -> None:
+    """One file is for one rank: the operators between ranks are gone."""
+    program = cut(name, base, 4)
+    probe = program.signature.probe(seed=9)
+    model = lower(program)
+    assert not decomposed(model)
+    found = OnnxSession(model)(probe)
+    for output, expected in program(probe).items():
+        torch.testing.assert_close(found[output], expected, rtol=1e-4, atol=1e-5)
 
 
 OTHERS = ("gpt-neox", "qwen3", "gemma2", "albert", "modernbert", "falcon-grouped")
