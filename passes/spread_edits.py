@@ -125,7 +125,7 @@ class Applying:
         return self._made[key]
 
 
-@dataclass
+@dataclass(eq=False)
 class Edits:
     """The changes for one block.
 

@@ -30,20 +30,22 @@ _TABLES = {"aten.embedding": ((0,), 1), "ftc.quantized_embedding": ((0, 1, 2), 3
 _CASTS = frozenset({"aten.to", "aten._to_copy", "aten.view", "aten.reshape", "aten.contiguous"})
 
 
-def vocabulary(program: Program, structure: Structure, size: int) -> Iterator[Edits | Whole]:
-    """Edits for every table of tokens and every head that is at least as wide as its input."""
+def vocabulary(
+    program: Program, structure: Structure, size: int
+) -> Iterator[tuple[str, Edits | Whole]]:
+    """Edits for each table of tokens, and each head that is at least as wide as its input."""
     tables = [node for node in program.graph.nodes if _is_table(node, size)]
     heads = [node for node, product in structure.products.items()
              if product.weight in structure.roles["head"] and _is_wide(node, size)]  # fmt: skip
-    for nodes, cut in ((tables, _lookup), (heads, _head)):
+    for kind, nodes, cut in (("table", tables, _lookup), ("head", heads, _head)):
         for node in nodes:
             edits = Edits(size)
             try:
                 cut(edits, node)
             except Whole as whole:
-                yield whole
+                yield kind, whole
             else:
-                yield edits
+                yield kind, edits
 
 
 def _is_table(node: fx.Node, size: int) -> bool:

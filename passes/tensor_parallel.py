@@ -129,13 +129,18 @@ class _Found:
         on = Spreader(self._program, self._size)
         both: list[AttentionCore | FeedForward] = [*self._structure.cores]
         both += self._structure.feed_forwards
+        taken: set[fx.Node] = set()
         for block in sorted(both, key=lambda b: on.order[_place(b)]):
             attention = isinstance(block, AttentionCore)
             kind = "attention" if attention else "feed-forward"
             reasons = []
             for seeds, queries in _cuts(block, self._size):
+                if not taken.isdisjoint(seeds):
+                    reasons.append("it begins with a product of another block")
+                    continue
                 try:
                     self.edits.append((on.spread(seeds, queries), kind))
+                    taken.update(seeds)
                     break
                 except Whole as whole:
                     reasons.append(str(whole))
@@ -144,11 +149,11 @@ class _Found:
 
     def tables(self) -> None:
         """Tables of tokens, and heads."""
-        for found in vocabulary(self._program, self._structure, self._size):
+        for kind, found in vocabulary(self._program, self._structure, self._size):
             if isinstance(found, Edits):
-                self.edits.append((found, "table or head"))
+                self.edits.append((found, kind))
             else:
-                self.whole["table or head", str(found)] += 1
+                self.whole[kind, str(found)] += 1
 
     def settle(self) -> None:
         """Leaves blocks whole that read a tensor which others read whole, or cut elsewhere."""
