@@ -17,7 +17,7 @@ whole everywhere, and so are their gradients: equal on every rank. An engine nee
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -166,16 +166,6 @@ def _rewritten_since(program: Program) -> bool:
     cut = [i for i, record in enumerate(program.history) if CUT in record.provides]
     later = program.history[cut[-1] + 1 :] if cut else program.history
     return any(record.modified and record.effect != "annotation" for record in later)
-
-
-def check_ranks(shards: Mapping[str, Shard], size: int) -> None:
-    """Refuses a number of ranks that a layout is not for.
-
-    Raises:
-        PreconditionError: naming the number that it is for.
-    """
-    for shard in shards.values():
-        _check_size(shard, size)
 
 
 def _check_size(shard: Shard, size: int) -> None:

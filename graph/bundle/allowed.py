@@ -154,6 +154,7 @@ _GROWING = {  # operator -> positions of the arguments that are the sizes of its
     "bincount": (2,),
     "hann_window": (0,),
     "fft_fft": (1,),
+    "parallel_gather": (2,),
 }
 _RANGES = {"arange", "linspace", "logspace", "range"}
 
