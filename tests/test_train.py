@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,13 @@ RUNS = [
 def test_every_objective_learns(
     place: Path, tmp_path: Path, model: str, data: str, objective: str, more: dict[str, Any]
 ) -> None:
-    given = config(place / model, place / data, objective, tmp_path / "out", steps=40,
+    given = config(place / model, place / data, objective, tmp_path / "out", steps=24,
                    learning_rate=5e-3, log_every=1, **more)  # fmt: skip
     report = train(given)
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
-    assert len(losses) == 40 and sum(losses[-8:]) < 0.95 * sum(losses[:8])
-    assert report.steps == 40 and report.tokens > 0
+    assert len(losses) == 24 and sum(losses[-8:]) < 0.95 * sum(losses[:8])
+    assert report.steps == 24 and report.tokens > 0
 
 
 def test_what_was_trained_is_what_ships(place: Path, tmp_path: Path, command: Command) -> None:
@@ -149,6 +150,11 @@ def test_scoring_changes_and_writes_nothing(place: Path, tmp_path: Path, command
         ({"device": "cuda"} if not torch.cuda.is_available() else {"batch": 0}, ""),
         ({"passes": "lor"}, "lora"),
         ({"out": ""}, "-o OUT"),
+        ({"learning_rate": math.nan}, "above 0"),
+        ({"steps": -2}, "0 or more"),
+        ({"weight_decay": -0.1}, "0 or more"),
+        ({"beta2": 1.0}, "[0, 1)"),
+        ({"tensorboard": __file__}, "a folder"),
     ],
 )
 def test_a_wrong_configuration_is_refused_at_once(change: dict[str, Any], message: str) -> None:
@@ -184,6 +190,16 @@ def test_an_unknown_label_in_the_evaluation_is_named(place: Path, tmp_path: Path
     with pytest.raises(UsageError, match="did you mean pos") as caught:
         train(given)
     assert f"{other}:1" in str(caught.value)
+
+
+def test_data_and_metrics_that_are_not_there_are_named(place: Path, tmp_path: Path) -> None:
+    given = {"program": place / "cls", "data": place / "s.jsonl", "out": tmp_path / "out",
+             "objective": "sequence-classification"}  # fmt: skip
+    with pytest.raises(UsageError, match="did you mean accuracy"):
+        train(config(**given, eval="0.3", metric="accurracy", patience=1))
+    for change in ({"data": tmp_path / "no.jsonl"}, {"eval": str(tmp_path / "no.jsonl")}):
+        with pytest.raises(UsageError, match=r"no\.jsonl is not there"):
+            train(config(**{**given, "program": "nowhere", **change}))
 
 
 def test_a_program_that_does_not_fit_is_refused(place: Path, tmp_path: Path) -> None:

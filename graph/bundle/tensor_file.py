@@ -145,7 +145,8 @@ def read_tensors(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> dict[str
     from safetensors.torch import load_file
 
     try:
-        stored = {n: t if aligned(t) else t.clone() for n, t in load_file(path).items()}
+        # .data: a view would keep its base, and with it the whole file, in memory
+        stored = {n: t.data if aligned(t) else t.clone() for n, t in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{path} is damaged: {error}", fix="make the bundle again") from None
     result: dict[str, Tensor] = {}

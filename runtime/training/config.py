@@ -8,6 +8,7 @@ beside its result, which gives the same run again.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,10 +142,20 @@ class TrainConfig:
         for name in ("batch", "accumulate", "log_every", "length", "limit", "save_every",
                      "evaluate_every"):  # fmt: skip
             _positive(name, getattr(self, name), where)
-        for name in ("learning_rate", "epochs"):
-            if getattr(self, name) <= 0:
+        for name in ("learning_rate", "epochs", "epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name):g}", where=where,
-                                 fix="more than 0")  # fmt: skip
+                                 fix="a number above 0")  # fmt: skip
+        for name in ("weight_decay", "warmup", "clip", "patience", "steps", "seed"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name):g}", where=where, fix="0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name):g}", where=where,
+                                 fix="a number in [0, 1)")  # fmt: skip
+        if self.tensorboard and Path(self.tensorboard).is_file():
+            raise UsageError(f"tensorboard is {self.tensorboard}, a file", where=where,
+                             fix="name a folder")  # fmt: skip
         if self.patience and not self.eval:
             raise UsageError("patience needs data to evaluate on", where=where, fix="--eval 0.1")
         self.made_objective()

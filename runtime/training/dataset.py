@@ -62,6 +62,18 @@ def load_dataset(config: TrainConfig, objective: Objective, scene: Scene, say: S
     return Dataset(training, evaluation, scene, tuple(source.notes), source.fingerprint)
 
 
+def check_files(config: TrainConfig) -> None:
+    """Refuses data that is not there, before anything is captured.
+
+    Raises:
+        UsageError: naming it.
+    """
+    named = [config.data] if _share(config.eval) is not None else [config.data, config.eval]
+    for name in filter(None, named):
+        if not Path(name).expanduser().exists():
+            raise UsageError(f"{name} is not there", fix="name a file, or a folder of datasets")
+
+
 class _Source:
     """Encodes files, each once."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ftc.graph.mode import set_mode
+from ftc.graph.narrow import narrow
 from ftc.graph.program import Program, build_module
 
 aten = torch.ops.aten
@@ -32,7 +33,7 @@ def owned(program: Program) -> Program:
 
 
 def in_mode(program: Program, *, training: bool, observed: Sequence[fx.Node] = ()) -> Program:
-    """The program in one mode, on the same Parameters and buffers.
+    """The program in one mode, on the same Parameters and buffers; rows nobody reads left out.
 
     Args:
         program: is not changed.
@@ -47,7 +48,7 @@ def in_mode(program: Program, *, training: bool, observed: Sequence[fx.Node] = (
         new.meta = dict(old.meta)
     module = build_module(dict(program.tensors()), graph)
     set_mode(module, training=training)
-    return replace(program, module=module)
+    return narrow(replace(program, module=module))
 
 
 def trainable(program: Program) -> dict[str, nn.Parameter]:

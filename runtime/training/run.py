@@ -30,7 +30,7 @@ from .config import TrainConfig
 from .data.encoder import Encoder
 from .data.order import Order
 from .data.table import Examples
-from .dataset import Dataset, load_dataset
+from .dataset import Dataset, check_files, load_dataset
 from .engine import OneProcess
 from .loader import Loader
 from .log import Log
@@ -66,6 +66,7 @@ def train(
         Interrupted: when it was asked to stop; it can be resumed.
     """
     config.check()
+    check_files(config)
     set_threads(config.threads)
     if config.steps == 0:
         return _Run(config, owned(captured(config, say)), say).score()

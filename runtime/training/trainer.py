@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftc.graph.errors import PromiseError
+from ftc.graph.errors import PromiseError, UsageError, nearest
 
 from .checkpoint import State, has_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from .engine import Engine
@@ -123,13 +123,20 @@ class Trainer:
         return self.state
 
     def first_evaluation(self) -> dict[str, float] | None:
-        """What the program did before its first step; read from the log of a resumed run."""
+        """What the program did before its first step; read from the log of a resumed run.
+
+        Raises:
+            UsageError: for a ``metric`` that the objective has not.
+        """
         if self.evaluation is None:
             return None
         first = self.log.records[0] if self.log and self.log.records else None
         if first is not None and first["step"] == 0:
             return dict(first["evaluation"])
         found = self.evaluate()
+        if self.options.metric not in found:
+            raise UsageError(f"there is no metric {self.options.metric!r}",
+                             fix=nearest(self.options.metric, found))  # fmt: skip
         self._write({"evaluation": found})
         return found
 
