@@ -150,7 +150,7 @@ def test_scoring_changes_and_writes_nothing(place: Path, tmp_path: Path, command
         ({"device": "cuda"} if not torch.cuda.is_available() else {"batch": 0}, ""),
         ({"passes": "lor"}, "lora"),
         ({"out": ""}, "-o OUT"),
-        ({"learning_rate": math.nan}, "above 0"),
+        ({"learning_rate": math.nan}, "more than 0"),
         ({"steps": -2}, "0 or more"),
         ({"weight_decay": -0.1}, "0 or more"),
         ({"beta2": 1.0}, "[0, 1)"),

@@ -145,7 +145,7 @@ class TrainConfig:
         for name in ("learning_rate", "epochs", "epsilon"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name):g}", where=where,
-                                 fix="a number above 0")  # fmt: skip
+                                 fix="more than 0")  # fmt: skip
         for name in ("weight_decay", "warmup", "clip", "patience", "steps", "seed"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name):g}", where=where, fix="0 or more")
