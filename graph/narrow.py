@@ -62,7 +62,7 @@ def _is_read(node: fx.Node) -> bool:
     if node.target is aten.index.Tensor:
         places: Any = node.args[1]
         return len(places) == _AXIS + 1 and None not in places
-    return len(node.args) > 1 and node.args[1] == _AXIS and len(node.args) < 5
+    return bool(len(node.args) > 1 and node.args[1] == _AXIS and len(node.args) < 5)
 
 
 def _source(read: fx.Node) -> fx.Node:
@@ -143,7 +143,7 @@ def _rule(node: fx.Node) -> Rule | None:
 
 
 def _rowwise(node: fx.Node) -> bool:
-    return argument(node, "activation") != "tensor"
+    return bool(argument(node, "activation") != "tensor")
 
 
 def _again(rw: Rewriter, node: fx.Node, take: Take) -> fx.Node:
