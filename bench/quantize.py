@@ -5,12 +5,14 @@ turns in one process, one thread, and judged on English prose that nothing was
 calibrated on. A route whose package is missing is a row that says so.
 
     python bench/quantize.py [--model minilm|smollm2|all] [--quick] [--only WORDS]
-                             [--json FILE] [--png FILE]
+                             [--keep FOLDER] [--json FILE] [--png FILE]
 
 MiniLM: cosine of mean-pooled sentence embeddings to those of torch in float32.
 SmolLM2: perplexity in windows of 128 tokens, and the ratio to that of torch.
 Ratios of latency are to torch eager and, in brackets, to the torch exporter's
-model in onnxruntime. ``pip install "ftc[bench]"`` brings the other packages.
+model in onnxruntime. With ``--keep``, what was made and judged stays in a folder: a
+second run there times only, which is what a machine has to be quiet for.
+``pip install "ftc[bench]"`` brings the other packages.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,6 +66,7 @@ class Row:
 def measure(model: Model, scratch: Path, options: argparse.Namespace) -> list[Row]:
     """The rows of one model."""
     rows, runs = [], {}
+    known = Judged(scratch / "judged.json", options.quick)
     for name, make in ROUTES.items():
         wanted = name in (BASE, EXPORTED) or options.only in name
         if model.name not in make.models or not wanted:
@@ -71,13 +75,32 @@ def measure(model: Model, scratch: Path, options: argparse.Namespace) -> list[Ro
         say(f"{model.name}: {name}")
         try:
             runs[name], row.megabytes = make(model, scratch)
-            row.accuracy = judged(model, runs[name], runs[BASE], options.quick)
+            judge = partial(judged, model, runs[name], runs[BASE], options.quick)
+            row.accuracy = known(name, judge)
         except Missing as missing:
             row.missing = str(missing)
         except Exception as error:  # one tool that fails must not take the table with it
             row.missing = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            runs.pop(name, None)
     time_all(model, rows, runs, options)
     return rows
+
+
+class Judged:
+    """Accuracies by route, each computed once for a folder."""
+
+    def __init__(self, path: Path, quick: bool) -> None:
+        self._path, self._quick = path, quick
+
+    def __call__(self, route: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """That of ``route``, from the file where it is there."""
+        known = json.loads(self._path.read_text()) if self._path.exists() else {}
+        key = f"{route}, quick" if self._quick else route
+        if key not in known:
+            known[key] = compute()
+            self._path.write_text(json.dumps(known, indent=1) + "\n")
+        found: dict[str, float] = known[key]
+        return found
 
 
 def time_all(model: Model, rows: list[Row], runs: dict[str, Run], options: Any) -> None:
@@ -179,6 +202,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less text, two shapes")
     parser.add_argument("--only", default="", help="routes whose name has these words")
     parser.add_argument("--seconds", type=float, help="for each route at each shape")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of what is made and judged")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -187,8 +211,9 @@ def main() -> None:
     found: dict[str, list[Row]] = {}
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
-            found[name] = measure({"minilm": minilm, "smollm2": smollm2}[name](), Path(scratch),
-                                  options)  # fmt: skip
+            folder = options.keep / name if options.keep else Path(scratch)
+            folder.mkdir(parents=True, exist_ok=True)
+            found[name] = measure({"minilm": minilm, "smollm2": smollm2}[name](), folder, options)
         show(name, found[name])
     if options.json:
         rows = {name: [asdict(row) for row in each] for name, each in found.items()}

@@ -169,8 +169,9 @@ def dynamic(model: Model, scratch: Path, **options: Any) -> tuple[Run, float]:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     path = scratch / f"dynamic{len(options)}.onnx"
-    quantize_dynamic(_exported(model, scratch), path, per_channel=True,
-                     weight_type=QuantType.QInt8, **options)  # fmt: skip
+    if not path.exists():
+        quantize_dynamic(_exported(model, scratch), path, per_channel=True,
+                         weight_type=QuantType.QInt8, **options)  # fmt: skip
     return _onnx(path)
 
 
@@ -179,10 +180,13 @@ def blocks(model: Model, scratch: Path, bits: int) -> tuple[Run, float]:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    made = MatMulNBitsQuantizer(onnx.load(_exported(model, scratch)), bits=bits, block_size=32,
-                                is_symmetric=bits == 8, accuracy_level=4)  # fmt: skip
-    made.process()
-    made.model.save_model_to_file(str(path := scratch / f"blocks{bits}.onnx"))
+    if not (path := scratch / f"blocks{bits}.onnx").exists():
+        made = MatMulNBitsQuantizer(
+            onnx.load(_exported(model, scratch)), bits=bits, block_size=32,
+            is_symmetric=bits == 8, accuracy_level=4,
+        )  # fmt: skip
+        made.process()
+        made.model.save_model_to_file(str(path))
     return _onnx(path)
 
 
@@ -191,7 +195,8 @@ def ftc(model: Model, scratch: Path, passes: str, target: str = "portable") -> t
     from ftc.runtime.compile import compile_model
 
     out = scratch / "".join(c if c.isalnum() else "_" for c in f"ftc {passes} {target}")
-    compile_model(model.source, passes, out, target=target)
+    if not out.exists():
+        compile_model(model.source, passes, out, target=target)
     return _onnx(out / "model.onnx")
 
 
@@ -214,17 +219,19 @@ def torchao(model: Model, scratch: Path) -> tuple[Run, float]:
     return _torch(made, model.inputs), _saved(made, scratch)
 
 
-def openvino(model: Model, scratch: Path) -> tuple[Run, float]:
-    """OpenVINO with weights compressed to int8 by NNCF."""
+def openvino(model: Model, scratch: Path, bits: int) -> tuple[Run, float]:
+    """OpenVINO with weights compressed by NNCF, at 4 bits in groups of 32."""
     try:
         import nncf
         import openvino as ov
     except ImportError as error:
         raise Missing(f"{error.name} is not installed") from None
-    made = nncf.compress_weights(ov.Core().read_model(_exported(model, scratch)))
-    ov.save_model(made, path := scratch / "openvino.xml")
-    how = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = ov.Core().compile_model(made, "CPU", how)
+    if not (path := scratch / f"openvino{bits}.xml").exists():
+        how = {"mode": nncf.CompressWeightsMode.INT4_ASYM, "group_size": 32} if bits == 4 else {}
+        whole = ov.Core().read_model(_exported(model, scratch))
+        ov.save_model(nncf.compress_weights(whole, **how), path)
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.Core().compile_model(path, "CPU", settings)
     names = [each.any_name for each in compiled.inputs]
     size = sum(path.with_suffix(s).stat().st_size for s in (".xml", ".bin")) / 1e6
     return lambda feed: compiled({n: feed[n] for n in names})[0], size
@@ -258,7 +265,8 @@ ROUTES = {
     "MatMulNBits 4": Route(blocks, {"bits": 4}),
     "torch dynamic int8": Route(torch_dynamic, {}),
     "torchao int8": Route(torchao, {}),
-    "OpenVINO, NNCF int8 weights": Route(openvino, {}),
+    "OpenVINO, NNCF int8 weights": Route(openvino, {"bits": 8}),
+    "OpenVINO, NNCF int4 weights": Route(openvino, {"bits": 4}),
     "ftc int8 (portable)": Route(ftc, {"passes": "int8"}),
     "ftc int8 (native)": Route(ftc, {"passes": "int8", "target": "native"}),
     "ftc int8{kernel=blocked}": Route(ftc, {"passes": "int8{kernel=blocked}"}),

@@ -51,7 +51,7 @@ SPECS = {  # beyond the defaults, which are always tested
     "int4": ["int4{min_size=0,group_size=16}", "int4{min_size=0,group_size=16,symmetric=true}"],
     "int8": ["int8{min_size=0}", "int8{activation=none,min_size=0,reduce_range=false}"],
 }
-AGAIN_MODIFIES = {"smooth"}  # exact, and balances what it balanced before once more
+AGAIN_MODIFIES = {"awq", "smooth"}  # exact, and balances what it balanced before once more
 MODELS = ("mlp", "bert", "llama", "gpt2")
 ALL = [spec for name in registry.names() for spec in (name, *SPECS.get(name, ()))]
 

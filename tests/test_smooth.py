@@ -10,8 +10,9 @@ from ftc.graph.capture import capture_module
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.passes.base import Context
+from ftc.passes.channels import find_groups
 from ftc.passes.pipeline import Pipeline
-from ftc.passes.smooth import Smooth, find_groups
+from ftc.passes.smooth import Smooth
 
 from .tiny import WIDTH
 from .tiny import tiny as program
