@@ -43,7 +43,9 @@ def provenance(node: fx.Node) -> Provenance:
 
 
 def stamp_captured(node: fx.Node) -> None:
-    """Replaces the exporter's module stack and traceback on ``node`` by a Provenance."""
+    """Replaces the exporter's module stack and traceback on ``node`` by a Provenance, once."""
+    if KEY in node.meta:
+        return
     stack = node.meta.pop("nn_module_stack", None) or {}
     path = ""
     for name, _ in stack.values():

@@ -8,23 +8,38 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
+from ftc.graph.drift import compare
 from ftc.graph.errors import CaptureError, UsageError
-from ftc.graph.program import Program, detach
+from ftc.graph.program import Program
 from ftc.graph.shapes import value
-from ftc.graph.signature import Dim, InputSpec, OutputSpec, Signature
+from ftc.graph.signature import Dim, InputSpec, Signature
 
 from .export import Dynamic, export
 from .normalize import normalize
+from .outputs import keep_named_outputs, name_output_dims
+from .repeats import CannotRepeat, Repeats
 
 Examples = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a program is captured with: see :func:`capture_module`."""
+
+    inputs: Mapping[str, Tensor]
+    dynamic: Dynamic
+    task: str = "module"
+    limits: Mapping[str, int] = field(default_factory=dict)
+    ranges: Mapping[str, int] = field(default_factory=dict)
+    masks: Sequence[str] = ()
 
 
 def capture_module(
@@ -62,9 +77,50 @@ def capture_module(
         dynamic if dynamic is not None else {n: {0: "batch"} for n, t in inputs.items() if t.dim()}
     )
     _check_sizes(inputs, wanted)
-    exported, notes = export(model, inputs, wanted, strict_dims=dynamic is not None)
-    program = _program(exported, inputs, wanted, task, limits or {}, ranges or {}, masks)
-    return replace(program, ties=_ties(model, program.module), assets=assets, notes=tuple(notes))
+    asked = _Asked(inputs, wanted, task, limits or {}, ranges or {}, masks)
+    strict = dynamic is not None
+    program = _captured_once_each(model, asked, strict_dims=strict)
+    if program is None:
+        exported, notes = export(model, inputs, wanted, strict_dims=strict)
+        program = _program(exported.module(check_guards=False), exported, asked, notes)
+    return replace(program, ties=_ties(model, program.module), assets=assets)
+
+
+def _captured_once_each(model: nn.Module, asked: _Asked, *, strict_dims: bool) -> Program | None:
+    """The program by a trace of one layer of each kind; None where that is not the same."""
+    repeats = Repeats(model)
+    if not repeats:
+        return None
+    try:
+        with repeats:
+            exported, notes = export(model, asked.inputs, asked.dynamic, strict_dims=strict_dims)
+        module = exported.module(check_guards=False)
+        repeats.expand(module)
+        program = _program(module, exported, asked, notes)
+    except (CaptureError, CannotRepeat):
+        return None  # a whole trace says why, or does it
+    return program if _says_what_the_model_says(program, model) else None
+
+
+def _says_what_the_model_says(program: Program, model: nn.Module) -> bool:
+    """Whether the outputs agree to rounding on random inputs of other sizes than the example's."""
+    given = program.signature.probe(seed=0, batch=3)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            said = model(**given)
+            found = program(given)
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    leaves = [leaf for leaf in tree_leaves(said) if isinstance(leaf, Tensor)]
+    names = program.signature.output_names
+    expected = dict(said) if isinstance(said, Mapping) else dict(zip(names, leaves, strict=False))
+    differences = compare(expected, found, given, program.signature)
+    return len(differences) == len(names) and all(d.is_rounding for d in differences.values())
 
 
 def capture_exported(exported: ExportedProgram, *, task: str = "module") -> Program:
@@ -91,7 +147,8 @@ def capture_exported(exported: ExportedProgram, *, task: str = "module") -> Prog
             if not isinstance(size, int):
                 fresh = f"dim_{len(symbols)}" if axis or "batch" in symbols.values() else "batch"
                 dynamic.setdefault(name, {})[axis] = symbols.setdefault(str(size), fresh)
-    program = _program(exported, inputs, dynamic, task, {}, {}, ())
+    module = exported.module(check_guards=False)
+    program = _program(module, exported, _Asked(inputs, dynamic, task), ())
     modes = {
         n.args[2]
         for n in exported.graph.nodes
@@ -101,64 +158,25 @@ def capture_exported(exported: ExportedProgram, *, task: str = "module") -> Prog
     return replace(program, notes=notes)
 
 
-def drop_outputs(program: Program, untrained: frozenset[str]) -> Program:
-    """Without the outputs that are computed from parameters in ``untrained``, unless all are.
-
-    Returns:
-        The program itself where nothing can be dropped, else one with a note.
-    """
-    tainted: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            spoilt = str(node.target) in untrained
-        else:
-            spoilt = node.op != "output" and not tainted.isdisjoint(node.all_input_nodes)
-        if spoilt:
-            tainted.add(node)
-    output = program.graph.output_node()
-    pairs = list(zip(program.signature.outputs, output.args[0], strict=True))  # type: ignore[arg-type]
-    kept = [(spec, leaf) for spec, leaf in pairs if leaf not in tainted]
-    if not kept or len(kept) == len(pairs):
-        return program
-    output.args = (tuple(leaf for _, leaf in kept),)
-    program.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
-    for name, _ in list(program.tensors()):
-        if name not in read:
-            detach(program.module, name)
-    program.module.recompile()
-    dropped = ", ".join(spec.name for spec, leaf in pairs if leaf in tainted)
-    signature = replace(program.signature, outputs=tuple(spec for spec, _ in kept))
-    note = f"dropped the output {dropped}: the weights for it were never trained"
-    return replace(program, signature=signature, notes=(*program.notes, note))
-
-
 def _program(
+    module: fx.GraphModule,
     exported: ExportedProgram,
-    inputs: Mapping[str, Tensor],
-    dynamic: Dynamic,
-    task: str,
-    limits: Mapping[str, int],
-    ranges: Mapping[str, int],
-    masks: Sequence[str],
+    asked: _Asked,
+    notes: Sequence[str],
 ) -> Program:
-    """The normalised graph of an exported program, and its signature."""
-    module = normalize(exported.module(check_guards=False))
+    """The normalised graph of an exported program's module, and its signature."""
+    module = normalize(module)
     _keep_tensor_inputs(module.graph)
-    outputs = _keep_named_outputs(module.graph, exported)
+    outputs = keep_named_outputs(module.graph, exported)
     signature = Signature(
-        task=task,
-        inputs=tuple(
-            _input_spec(n, inputs, dynamic, ranges, masks)
-            for n in module.graph.nodes
-            if n.op == "placeholder"
-        ),
+        task=asked.task,
+        inputs=tuple(_input_spec(n, asked) for n in module.graph.nodes if n.op == "placeholder"),
         outputs=tuple(outputs),
-        limits=dict(limits),
+        limits=dict(asked.limits),
     )
-    signature = _name_output_dims(module.graph, signature)
+    signature = name_output_dims(module.graph, signature)
     module.recompile()
-    return Program(module, signature)
+    return Program(module, signature, notes=tuple(notes))
 
 
 def _named(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
@@ -204,84 +222,21 @@ def _keep_tensor_inputs(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _keep_named_outputs(graph: fx.Graph, exported: ExportedProgram) -> list[OutputSpec]:
-    """Keeps the top-level tensors of the model's output, in order, and names them.
-
-    A cache or a tuple of hidden states is nested and dropped: a program returns
-    what it was captured for.
-    """
-    node = graph.output_node()
-    leaves = node.args[0]
-    assert isinstance(leaves, tuple)
-    spec = exported.call_spec.out_spec
-    tree = torch.utils._pytree.tree_unflatten(list(range(len(leaves))), spec)
-    if isinstance(tree, int):
-        named: dict[str, Any] = {"output": tree}
-    elif isinstance(tree, Mapping):
-        named = dict(tree)
-    elif isinstance(tree, (tuple, list)):
-        named = {f"output_{i}": leaf for i, leaf in enumerate(tree)}
-    else:
-        raise CaptureError(
-            f"the model returns a {type(tree).__name__}",
-            fix="return a tensor, a tuple of tensors or a dict of tensors",
-        )
-    found = {name: leaves[i] for name, i in named.items() if isinstance(i, int)}
-    kept = {
-        name: leaf
-        for name, leaf in found.items()
-        if isinstance(leaf, fx.Node) and isinstance(value(leaf), Tensor)
-    }
-    if not kept:
-        raise CaptureError("the model returns no tensor", fix="return a tensor or a dict")
-    node.args = (tuple(kept.values()),)
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    return [OutputSpec(name, value(leaf).dtype, ()) for name, leaf in kept.items()]
-
-
-def _input_spec(
-    node: fx.Node,
-    inputs: Mapping[str, Tensor],
-    dynamic: Dynamic,
-    ranges: Mapping[str, int],
-    masks: Sequence[str],
-) -> InputSpec:
+def _input_spec(node: fx.Node, asked: _Asked) -> InputSpec:
     # fx renames a node whose name Python knows (``input``); its target keeps the model's name.
     name = str(node.target)
-    example = inputs[name]
-    axes = dynamic.get(name, {})
+    example = asked.inputs[name]
+    axes = asked.dynamic.get(name, {})
     val = value(node)
     shape: tuple[Dim, ...] = tuple(
         axes[i] if i in axes and not isinstance(val.shape[i], int) else int(size)
         for i, size in enumerate(example.shape)
     )
     integer = not example.dtype.is_floating_point and example.dtype != torch.bool
-    high = ranges.get(name, int(example.max()) + 1 if integer else 2)
+    high = asked.ranges.get(name, int(example.max()) + 1 if integer else 2)
     return InputSpec(
-        name, example.dtype, shape, high=high, role="mask" if name in masks else "value"
+        name, example.dtype, shape, high=high, role="mask" if name in asked.masks else "value"
     )
-
-
-def _name_output_dims(graph: fx.Graph, signature: Signature) -> Signature:
-    """Fills the outputs' shapes; a symbol that is an input's dimension gets its name."""
-    names: dict[str, str] = {}
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    for node, spec in zip(placeholders, signature.inputs, strict=True):
-        for size, dim in zip(value(node).shape, spec.shape, strict=True):
-            if isinstance(dim, str):
-                names.setdefault(str(size), dim)
-    leaves = graph.output_node().args[0]
-    outputs = tuple(
-        OutputSpec(
-            o.name,
-            o.dtype,
-            tuple(
-                s if isinstance(s, int) else names.get(str(s), str(s)) for s in value(leaf).shape
-            ),
-        )
-        for o, leaf in zip(signature.outputs, leaves, strict=True)  # type: ignore[arg-type]
-    )
-    return Signature(signature.task, signature.inputs, outputs, signature.limits)
 
 
 def _ties(model: nn.Module, module: fx.GraphModule) -> tuple[frozenset[str], ...]:
