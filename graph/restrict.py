@@ -47,10 +47,15 @@ def restrict(node: fx.Node, axes: Axes, take: Take) -> tuple[Any, ...] | None:
     name = operator_name(node)
     if name in _RULES:
         return _RULES[name](node, axes, take)
+    return _elementwise(node, axes, take) if is_elementwise(node) else None
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether an element of a node's value depends on the same element of its inputs alone."""
+    if node.op != "call_function":
+        return False
     tags = getattr(node.target, "tags", ())
-    if name in _ELEMENTWISE or torch.Tag.pointwise in tags:
-        return _elementwise(node, axes, take)
-    return None
+    return operator_name(node) in _ELEMENTWISE or torch.Tag.pointwise in tags
 
 
 def rank(node: fx.Node) -> int:

@@ -26,7 +26,7 @@ from . import shapes
 from .errors import PreconditionError
 from .program import Program, attach, detach
 from .provenance import KEY, Provenance, describe, provenance
-from .signature import Signature
+from .signature import InputSpec, Signature
 
 
 class Rewriter:
@@ -116,6 +116,15 @@ class Rewriter:
     def add_buffer(self, name: str, tensor: Tensor) -> fx.Node:
         """Registers a new buffer and returns the node that reads it."""
         return self._add(name, tensor.detach())
+
+    def add_input(self, spec: InputSpec) -> fx.Node:
+        """Adds an input after the last one: :meth:`refresh` before anything reads it."""
+        with self.graph.inserting_after(self._last_placeholder()):
+            node = self.graph.placeholder(spec.name)
+        node.meta[KEY] = Provenance().by(self.made_by)
+        signature = self.program.signature
+        self.set_signature(dataclasses.replace(signature, inputs=(*signature.inputs, spec)))
+        return node
 
     def set_tensor(self, name: str, tensor: Tensor) -> None:
         """Gives the existing parameter or buffer ``name`` other contents, shape included.

@@ -135,6 +135,11 @@ def lookup_index(node: fx.Node) -> Any:
     return None if place is None else node.args[place]
 
 
+def size_only(node: fx.Node) -> bool:
+    """Whether a node reads the size of its input, and no number in it."""
+    return node.op == "call_function" and operator_name(node) in _SIZE_ONLY
+
+
 def token_inputs(program: Program, sequence: Sequence, ids: Tensor) -> dict[str, Tensor]:
     """Inputs of a program for one text, all of it seen.
 
@@ -188,7 +193,7 @@ def _closure(graph: fx.Graph, starts: set[fx.Node]) -> frozenset[fx.Node]:
     """``starts`` and what depends on their values, not on their sizes alone."""
     reached = set(starts)
     for node in graph.nodes:
-        reads = node.op == "call_function" and operator_name(node) not in _SIZE_ONLY
+        reads = node.op == "call_function" and not size_only(node)
         if reads and not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
     return frozenset(reached)

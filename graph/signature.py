@@ -59,7 +59,8 @@ class Signature:
         inputs: in calling order.
         outputs: in returning order.
         limits: largest legal size of a dynamic dimension, where one is known
-            (``{"sequence": 512}`` for learned positions).
+            (``{"sequence": 512}`` for learned positions), or of the sum of two
+            (``{"past+sequence": 512}``).
     """
 
     task: str
@@ -102,7 +103,12 @@ class Signature:
                 bound = f"1 to {limit}" if limit else "1 or more"
                 raise UsageError(f"{name}={size} is out of range", fix=f"use {bound}")
         defaults = dict(zip(self.dims, (2, 11, 13, 17, 19, 23, 29, 31), strict=False))
-        return {n: sizes.get(n, min(d, self.limits.get(n, d))) for n, d in defaults.items()}
+        chosen = {n: sizes.get(n, min(d, self.limits.get(n, d))) for n, d in defaults.items()}
+        for name, limit in self.limits.items():
+            first, plus, second = name.partition("+")
+            if plus and chosen[first] + chosen[second] > limit:
+                chosen[first] = max(0, limit - chosen[second])
+        return chosen
 
     def probe(self, *, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
         """Inputs that are legal for this program, the same for the same seed.

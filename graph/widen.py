@@ -56,7 +56,11 @@ def head(graph: fx.Graph) -> fx.Node:
 
 
 def widen_inputs(
-    rw: Rewriter, sequence: Sequence, by: int, ids: fx.Node | int
+    rw: Rewriter,
+    sequence: Sequence,
+    by: fx.Node | int,
+    ids: fx.Node | int,
+    mask: fx.Node | None = None,
 ) -> dict[fx.Node, WideInput]:
     """Every input along the sequence with ``by`` tokens in front.
 
@@ -64,29 +68,35 @@ def widen_inputs(
     lowest legal value of any other input (token type 0).
 
     Args:
+        by: how many tokens, or a node at the graph's head that yields their number; the
+            caller then counts positions with them.
         ids: their ids, ``[by]``, or one id for all.
+        mask: which of them may be seen, ``[batch, by]``; None where all may.
 
     Raises:
         PreconditionError: for an input along the sequence that is no ``[batch, length]``.
     """
     made: dict[fx.Node, WideInput] = {}
-    with rw.at(head(rw.graph)):
+    given = isinstance(by, fx.Node)
+    with rw.after(by) if isinstance(by, fx.Node) else rw.at(head(rw.graph)):
         batch = rw.call(aten.sym_size.int, sequence.tokens, 0)
         for node, spec in inputs(rw.program):
             if node in sequence.places:
                 _check(rw, node, spec)
                 front: Any = ids if node is sequence.tokens else _front(spec, by, rw)
-                if isinstance(front, int):
+                if mask is not None and spec.role == "mask":
+                    rows = mask
+                elif isinstance(front, int):
                     rows = rw.call(aten.full.default, [batch, by], front, dtype=spec.dtype)
                 else:
                     rows = rw.call(aten.expand.default, front, [batch, by])
                 at = spec.name == POSITIONS
-                own = rw.call(aten.add.Tensor, node, by) if at else node
+                own = rw.call(aten.add.Tensor, node, by) if at and not given else node
                 made[node] = WideInput(rw.call(aten.cat.default, [rows, own], 1), own)
     return made
 
 
-def _front(spec: InputSpec, by: int, rw: Rewriter) -> fx.Node | int:
+def _front(spec: InputSpec, by: fx.Node | int, rw: Rewriter) -> fx.Node | int:
     if spec.name == POSITIONS:
         return rw.call(aten.arange.default, by, dtype=spec.dtype)
     return 1 if spec.role == "mask" else spec.low

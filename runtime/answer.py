@@ -22,6 +22,7 @@ from .engine import Engine
 from .lengths import cut_texts
 from .predict import Labelled, check_text_task, classify, embed, fill_masks, generate
 from .render import render_labels
+from .sampling import Sampling
 from .tensors import out_of_range, read_tensors
 from .text import need_tokenizer
 
@@ -72,7 +73,9 @@ class Answer:
         return {**head, "labels": found}
 
 
-def answer_text(engine: Engine, texts: Sequence[str], *, most: int, write: Write) -> Answer:
+def answer_text(
+    engine: Engine, texts: Sequence[str], *, most: int, write: Write, how: Sampling | None = None
+) -> Answer:
     """Asks a program of a text task.
 
     Args:
@@ -80,6 +83,7 @@ def answer_text(engine: Engine, texts: Sequence[str], *, most: int, write: Write
         texts: one or more.
         most: new tokens of a continuation.
         write: gets a continuation piece by piece, with the text before it.
+        how: its tokens are chosen; the likeliest by default.
 
     Raises:
         UsageError: for a program that takes no text, or a text that does not fit its task.
@@ -88,7 +92,7 @@ def answer_text(engine: Engine, texts: Sequence[str], *, most: int, write: Write
     check_text_task(program)
     asked = tuple(texts)
     if task == "causal-lm":
-        found = tuple(_continue(engine, text, most, write) for text in asked)
+        found = tuple(_continue(engine, text, most, write, how) for text in asked)
         return Answer(engine.label, task, asked, continuations=found)
     notes = tuple(map(str, cut_texts(program, asked, need_tokenizer(program))))
     if task == "feature-extraction":
@@ -99,9 +103,9 @@ def answer_text(engine: Engine, texts: Sequence[str], *, most: int, write: Write
     return Answer(engine.label, task, asked, labelled=labelled, notes=notes)
 
 
-def _continue(engine: Engine, text: str, most: int, write: Write) -> str:
+def _continue(engine: Engine, text: str, most: int, write: Write, how: Sampling | None) -> str:
     """Writes the text only with the first piece: a text that is refused is not shown."""
-    pieces = generate(engine, text, most=most)
+    pieces = generate(engine, text, most=most, how=how)
     said = [next(pieces, "")]
     write(text + said[0])
     for piece in pieces:

@@ -26,18 +26,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ftc.graph.bundle import check_output, save_bundle
+from ftc.graph.bundle import save_bundle
 from ftc.graph.cost import cost
 from ftc.graph.drift import compare, summarize
 from ftc.graph.program import Drift, Program
 from ftc.graph.signature import Signature
-from ftc.graph.sources import capture
-from ftc.graph.target import target as named_target
 from ftc.passes.base import Context, Effect
 from ftc.passes.context import Inputs
 from ftc.passes.ordering import order_text
-from ftc.passes.pipeline import Observer, Pipeline
-from ftc.passes.registry import get
+from ftc.passes.pipeline import Observer
 
 from .assigned import assigned
 from .bench import Latency, usual_shapes
@@ -48,6 +45,7 @@ from .lower import Dialect, decomposed, lower, save_onnx
 from .measure import machine
 from .memory import collected_by_hand, release, trim
 from .parity import check_parity
+from .prepare import captured, prepare
 from .probes import check_measuring, make_context
 from .recover import recovering
 from .report import ONNX, CompileReport, Plan, Step, original_step, pass_step
@@ -112,7 +110,8 @@ def compile_model(
         source: whatever :func:`ftc.capture` takes, or a program.
         passes: a pipeline's text form, ``lowrank{ratio=0.8},int8``; ``""`` for none.
         out: the bundle's folder.
-        task: what to capture for; by default what the model says.
+        task: what to capture for; by default what the model says. ``generate`` is
+            ``causal-lm`` with the pass ``cache`` at the end.
         calib: text, a text file, or tensors (``.npz``, ``.safetensors``) to probe and
             calibrate on; by default Python's documentation.
         target: the machine that will run it.
@@ -131,10 +130,10 @@ def compile_model(
         FtcError: as capture, passes, lowering and bundle raise it; nothing is written then.
     """
     run = _Run(progress)
-    pipeline = recovering(_prepare(passes, out, target, force), recover, progress)
+    pipeline = recovering(prepare(passes, out, target, force, task), recover, progress)
     check_measuring(calib, max_drift)
     with run.phase("capture", f"capturing {source}"):
-        held = [_captured(source, task, trust)]
+        held = [captured(source, task, trust)]
         signature, notes = held[0].signature, held[0].notes
         machine_of = resolve(target, progress=progress)
         ctx = make_context(held[0], calib, machine_of, shapes, max_drift, seed)
@@ -190,26 +189,13 @@ def plan(
     Raises:
         FtcError: as :func:`compile_model` does.
     """
-    pipeline = _prepare(passes, out, target, force)
+    pipeline = prepare(passes, out, target, force, task)
     progress(f"capturing {source}")
     start = time.perf_counter()
-    original = _captured(source, task, trust)
+    original = captured(source, task, trust)
     step = original_step(cost(original), time.perf_counter() - start)
     order = order_text(each for each, _ in pipeline.plan(original))
     return Plan(str(source), str(out), original.signature.task, order, step, original.notes)
-
-
-def _prepare(passes: str, out: str | Path, target: str, force: bool) -> Pipeline:
-    """The pipeline, cleanup first, after everything that can be refused without work."""
-    asked = Pipeline.parse(passes).passes
-    named_target(target)
-    check_output(Path(out).expanduser().resolve(), force=force)
-    cleanup = get("cleanup")
-    return Pipeline(asked if asked and isinstance(asked[0], cleanup) else (cleanup(), *asked))
-
-
-def _captured(source: Any, task: str | None, trust: bool) -> Program:
-    return source if isinstance(source, Program) else capture(source, task=task, trust=trust)
 
 
 class _Told(Observer):

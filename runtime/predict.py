@@ -8,8 +8,8 @@ from their shapes, not from their names:
                             over the mask (or the first token, where the
                             model's own pooling file says so), length 1
 ``masked-lm, pretraining``  the most likely words at every mask token
-``causal-lm``               the most likely next token, again and again; the
-                            whole sequence is computed anew for each
+``causal-lm``               the next token, again and again
+                            (:mod:`ftc.runtime.generate`)
 ``…-classification``        probabilities by the configuration's labels
 ==========================  ==============================================
 """
@@ -19,17 +19,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ftc.graph.cached import is_cached
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 
 from .engine import Engine
+from .generate import most_tokens, next_tokens
 from .lengths import count_tokens, cut_texts
-from .text import encode, need_tokenizer, pad, rows
+from .sampling import Sampling
+from .text import encode, need_tokenizer, rows
 
 TEXT_TASKS = ("feature-extraction", "masked-lm", "pretraining", "causal-lm",
               "sequence-classification", "token-classification")  # fmt: skip
@@ -106,32 +110,35 @@ def fill_masks(engine: Engine, text: str) -> list[Labelled]:
     return filled
 
 
-def generate(engine: Engine, text: str, *, most: int) -> Iterator[str]:
-    """Pieces of the greedy continuation of ``text``, at most ``most`` tokens, as they come.
+def generate(engine: Engine, text: str, *, most: int, how: Sampling | None = None) -> Iterator[str]:
+    """Pieces of the continuation of ``text``, at most ``most`` tokens, as they come.
 
     Ends early at the end-of-text token, or at the longest sequence of the program.
+
+    Args:
+        how: tokens are chosen; the likeliest by default.
 
     Raises:
         UsageError: before the first piece, for a text that leaves no room for one.
     """
     program = engine.program
-    found, name = need_tokenizer(program), logits_output(program)
-    limit = program.signature.limits.get("sequence")
+    found = need_tokenizer(program)
+    limit = most_tokens(program)
     if limit is not None and (length := count_tokens(text, found)) >= limit:
         raise UsageError(
             f"the text has {length:,} tokens, and the program takes {limit:,}, new ones included",
             fix=f"give a text of fewer than {limit:,} tokens",
         )
-    tokens = rows(found, program.signature, [text])[0]
-    start = len(tokens)
+    if not is_cached(program.signature):
+        logits_output(program)  # refuses a program without scores of the vocabulary
+    row = rows(found, program.signature, [text])[0]
+    said: list[int] = []
     shown = ""
-    while len(tokens) < start + most and (limit is None or len(tokens) < limit):
-        logits = engine(pad([tokens], program.signature, found))[name]
-        token = int(logits[0, -1].argmax())
+    for (token,) in islice(next_tokens(engine, [row], how or Sampling()), most):
         if token == found.eos_token_id:
             break
-        tokens.append(token)
-        whole = found.decode(tokens[start:])
+        said.append(token)
+        whole = found.decode(said)
         if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
             yield whole[len(shown) :]
             shown = whole

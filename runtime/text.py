@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftc.graph.cached import states
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.signature import Signature
@@ -96,9 +97,10 @@ def read_file(path: Path) -> str:
 
 
 def takes_text(signature: Signature) -> bool:
-    """Whether a program's inputs are what a tokenizer makes."""
+    """Whether a program's inputs are what a tokenizer makes, and a cache if it has one."""
+    kept = {spec.name for spec in states(signature)}
     return IDS in signature.input_names and all(
-        spec.name in (IDS, TYPES) or spec.role == "mask" for spec in signature.inputs
+        spec.name in (IDS, TYPES, *kept) or spec.role == "mask" for spec in signature.inputs
     )
 
 

@@ -28,6 +28,7 @@ from ftc.passes.text import SELECTORS, parse_pass
 from ftc.tests.tiny import custom, tiny
 
 REFUSED = {  # (the pass, a model that its defaults have nothing to do on)
+    *((spec, model) for spec in ("cache", "cache{logits=all}") for model in ("mlp", "bert")),
     ("lora", "mlp"),
     ("head", "mlp"),
     ("head{task=token-classification,labels=5}", "mlp"),
@@ -38,6 +39,7 @@ REFUSED = {  # (the pass, a model that its defaults have nothing to do on)
     ("tensor_parallel", "mlp"),
 }
 SPECS = {  # beyond the defaults, which are always tested
+    "cache": ["cache{logits=all}"],
     "freeze": ["freeze{train=product}", "freeze{train=none}"],
     "head": ["head{task=token-classification,labels=5}"],
     "lora": [

@@ -45,7 +45,9 @@ def decode_signature(stored: Mapping[str, Any]) -> Signature:
         limits={str(name): size for name, size in stored["limits"].items()},
     )
     for name, size in signature.limits.items():
-        if name not in signature.dims or not _is_size(size) or size < 1:
+        parts = name.split("+")  # of one dimension, or of the sum of two
+        known = len(parts) <= 2 and set(parts) <= set(signature.dims)
+        if not known or not _is_size(size) or size < 1:
             raise _refused(f"limits.{name}", size, "a size of a dynamic dimension of the inputs")
     if len(set(signature.input_names)) < len(signature.inputs):
         raise _refused("inputs", list(signature.input_names), "names that differ")

@@ -1,0 +1,139 @@
+"""What a cached program takes and gives: names, and one run of a text piece by piece.
+
+=======================  ===================================================
+``past_mask``            ``[batch, past]``, 0 where a row has padding
+``past_key_N``           ``[batch, kv_heads, past, dim]`` of the attention N
+``past_value_N``         the same
+``present_key_N``        ``[batch, kv_heads, past+sequence, dim]``
+``present_value_N``      the same
+=======================  ===================================================
+
+``past`` may be 0. What a run returns as present is the past of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .sequence import POSITIONS
+from .signature import InputSpec, Signature
+
+Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+class Names:
+    """Names of the inputs and outputs of a cache."""
+
+    PAST: ClassVar[str] = "past"
+    MASK: ClassVar[str] = "past_mask"
+
+    @staticmethod
+    def past(number: int) -> tuple[str, str]:
+        """Keys and values that come in at an attention."""
+        return f"past_key_{number}", f"past_value_{number}"
+
+    @staticmethod
+    def present(number: int) -> tuple[str, str]:
+        """Keys and values that go out at an attention."""
+        return f"present_key_{number}", f"present_value_{number}"
+
+    @staticmethod
+    def total(sequence: str) -> str:
+        """The dimension of all tokens, of which there may be a limit."""
+        return f"{Names.PAST}+{sequence}"
+
+
+def states(signature: Signature) -> tuple[InputSpec, ...]:
+    """The inputs of keys and values; empty for a program without a cache."""
+    return tuple(i for i in signature.inputs if i.name.startswith(("past_key_", "past_value_")))
+
+
+def is_cached(signature: Signature) -> bool:
+    """Whether a program takes the keys and values of earlier tokens."""
+    return bool(states(signature))
+
+
+def present_of(past: str) -> str:
+    """The output that the next run takes as the input ``past``."""
+    return past.replace("past_", "present_", 1)
+
+
+def token_limit(signature: Signature) -> int | None:
+    """How many tokens, past and new, a cached program reads at most; None where no limit is."""
+    return signature.limits.get(Names.total(str(signature.inputs[0].shape[1])))
+
+
+def step_inputs(
+    signature: Signature, ids: Tensor, mask: Tensor, past: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Inputs of one step.
+
+    Args:
+        ids: of the new tokens, ``[batch, new]``.
+        mask: of past and new tokens, ``[batch, past + new]``.
+        past: keys and values by the names of inputs; all or, at the start, none.
+    """
+    batch, new = ids.shape
+    count = mask.shape[1] - new
+    made = {}
+    for spec in signature.inputs:
+        if spec.name == Names.MASK:
+            made[spec.name] = mask[:, :count].to(spec.dtype)
+        elif spec.name in past:
+            made[spec.name] = past[spec.name]
+        elif Names.PAST in spec.shape:
+            sizes: Any = (batch, spec.shape[1], count, spec.shape[3])
+            made[spec.name] = torch.zeros(sizes, dtype=spec.dtype)
+        elif spec.role == "mask":
+            made[spec.name] = mask[:, count:].to(spec.dtype)
+        elif spec.name == POSITIONS:
+            places = (mask.cumsum(1) - 1).clamp_min(0)
+            made[spec.name] = places[:, count:].to(spec.dtype)
+        elif spec is signature.inputs[0]:
+            made[spec.name] = ids.to(spec.dtype)
+        else:
+            made[spec.name] = torch.full((batch, new), spec.low, dtype=spec.dtype)
+    return made
+
+
+def pad_left(rows: Sequence[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Texts of different length as one batch: ids and mask, ``[batch, longest]``."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), fill, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = row
+        mask[number, longest - len(row) :] = 1
+    return ids, mask
+
+
+def run_in_pieces(
+    run: Run, rows: Sequence[Tensor], pieces: Sequence[int], signature: Signature | None = None
+) -> dict[str, Tensor]:
+    """Runs texts piece by piece: rows of the model's own outputs, joined where all are given.
+
+    Args:
+        run: a cached program, or what runs one.
+        rows: ids of each text.
+        pieces: how many tokens each run reads; those of the longest text in all.
+        signature: of the program; by default ``run`` is one.
+    """
+    signature = signature or run.signature  # type: ignore[attr-defined]
+    ids, mask = pad_left(rows)
+    kept = {present_of(spec.name): spec.name for spec in states(signature)}
+    past: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {}
+    start = 0
+    for piece in pieces:
+        end = start + piece
+        out = run(step_inputs(signature, ids[:, start:end], mask[:, :end], past))
+        past = {into: out[name] for name, into in kept.items()}
+        for name in out.keys() - kept.keys():
+            parts.setdefault(name, []).append(out[name])
+        start = end
+    whole = all(spec.shape[1] != 1 for spec in signature.outputs if spec.name in parts)
+    return {n: torch.cat(found, 1) if whole else found[-1] for n, found in parts.items()}
