@@ -147,6 +147,19 @@ class Rewriter:
             parameter.requires_grad_(trainable)
             self.modified += 1
 
+    def annotate(self, node: fx.Node, key: str, value: Any) -> None:
+        """Writes ``value`` on ``node.meta["custom"]``; None takes the key away."""
+        custom = dict(node.meta.get("custom", {}))
+        before = custom.pop(key, None)
+        if value is not None:
+            custom[key] = value
+        if before == value:
+            return
+        node.meta.pop("custom", None)
+        if custom:
+            node.meta["custom"] = custom
+        self.modified += 1
+
     def remove_tensor(self, name: str) -> None:
         """Takes a parameter or buffer off the module, so that ``name.*`` can take its place.
 

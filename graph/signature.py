@@ -110,6 +110,22 @@ class Signature:
                 chosen[first] = max(0, limit - chosen[second])
         return chosen
 
+    def parse_sizes(self, text: str) -> dict[str, int]:
+        """``batch=8,sequence=128`` as sizes.
+
+        Raises:
+            UsageError: for another form, an unknown dimension, or a size out of range.
+        """
+        example = ",".join(f"{d}=8" for d in self.dims) or "no dynamic dimension"
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            name, equals, number = part.strip().partition("=")
+            if not equals or not number.strip().isdigit():
+                raise UsageError(f"{text!r} is no shape", fix=f"write {example}")
+            sizes[name.strip()] = int(number)
+        self.sizes(**sizes)
+        return sizes
+
     def probe(self, *, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
         """Inputs that are legal for this program, the same for the same seed.
 

@@ -19,7 +19,6 @@ from ftc.graph.bundle import is_bundle
 from ftc.graph.cost import cost
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
-from ftc.graph.signature import Signature
 from ftc.graph.sources import capture
 
 from .console import format_sizes
@@ -102,7 +101,7 @@ def bench(
             base = _lowered(against, Path(scratch) / "base.onnx", progress, task)
             _check_inputs(source, other.program, against, base.program)
         signature = other.program.signature
-        sizes = [parse_shape(s, signature) for s in shapes] or usual_shapes(base.program)
+        sizes = [signature.parse_sizes(s) for s in shapes] or usual_shapes(base.program)
         latencies = compare(base, other, sizes, seconds=seconds, progress=progress)
     names = (f"{source}, graph" if against is None else against, source)
     labels = [f"{name} ({e.label})" for name, e in zip(names, (base, other), strict=True)]
@@ -173,20 +172,3 @@ def usual_shapes(program: Program, most: float = LARGE) -> list[dict[str, int]]:
     large = next((s for s in shapes if each * math.prod(s.values()) <= most), shapes[-1])
     small = shapes[-2] if math.prod(large.values()) > math.prod(shapes[-2].values()) else shapes[-1]
     return [small, large] if small != large else [small]
-
-
-def parse_shape(text: str, signature: Signature) -> dict[str, int]:
-    """``batch=8,sequence=128`` as sizes.
-
-    Raises:
-        UsageError: for another form, an unknown dimension, or a size out of range.
-    """
-    example = ",".join(f"{d}=8" for d in signature.dims) or "no dynamic dimension"
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, equals, number = part.strip().partition("=")
-        if not equals or not number.strip().isdigit():
-            raise UsageError(f"{text!r} is no shape", fix=f"write {example}")
-        sizes[name.strip()] = int(number)
-    signature.sizes(**sizes)
-    return sizes

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftc.graph.errors import UsageError
-from ftc.runtime.bench import Latency, parse_shape, usual_shapes
+from ftc.runtime.bench import Latency, usual_shapes
 from ftc.runtime.console import count, duration, megabytes, small, spread, stdout
 from ftc.runtime.examples import read_examples
 from ftc.runtime.measure import Timing, interleaved, machine, noise, ratio
@@ -114,10 +114,10 @@ def test_shapes_to_measure_at_grow_with_what_is_allowed() -> None:
 
 def test_shapes_as_text() -> None:
     signature = tiny("bert").signature
-    assert parse_shape("batch=2, sequence=8", signature) == {"batch": 2, "sequence": 8}
+    assert signature.parse_sizes("batch=2, sequence=8") == {"batch": 2, "sequence": 8}
     for wrong in ("2x8", "batch=", "rows=2", "batch=-1", "batch=0"):
         with pytest.raises(UsageError) as caught:
-            parse_shape(wrong, signature)
+            signature.parse_sizes(wrong)
         assert caught.value.fix
 
 

@@ -58,11 +58,10 @@ def _summary(
     from ftc.graph.printer import print_graph
     from ftc.graph.sources import capture
     from ftc.runtime import render, summary
-    from ftc.runtime.bench import parse_shape
 
     output.say(f"reading {model}")
     program = capture(model, **how)
-    sizes = parse_shape(shape, program.signature) if shape else None
+    sizes = program.signature.parse_sizes(shape) if shape else None
     found = summary.summarize(program, model, sizes)
     weights = summary.selected(program, selector) if selector else None
     if not output.json:
