@@ -20,6 +20,7 @@ from .errors import UsageError
 from .program import Program
 from .stages import carried
 from .symbols import SizesAt
+from .timeline import StageTime
 from .training_cost import Device, NodeTraining, training_costs, weight_bytes
 
 _LOSS_PASSES = 4  # over the outputs: cross-entropy reads and writes them forward and backward
@@ -31,7 +32,8 @@ class StageCost:
     """What one stage costs at given sizes, for one microbatch.
 
     Attributes:
-        forward, backward: seconds.
+        forward, backward: seconds; backward is all of it.
+        weight_gradients: the part of backward that computes gradients of weights.
         weights: bytes of weights, gradients and optimizer state.
         saved: bytes of values kept between forward and backward.
         sent: bytes that cross to the next stage, forward; as many come back.
@@ -40,6 +42,7 @@ class StageCost:
 
     forward: float
     backward: float
+    weight_gradients: float
     weights: int
     saved: int
     sent: int
@@ -49,6 +52,13 @@ class StageCost:
     def seconds(self) -> float:
         """Forward and backward."""
         return self.forward + self.backward
+
+    def time_on(self, device: Device) -> StageTime:
+        """As a timeline takes it."""
+        send = device.latency + self.sent / device.link
+        return StageTime(
+            self.forward, self.backward, self.weight_gradients, send, self.saved, self.weights
+        )
 
 
 def plan_stages(
@@ -85,16 +95,30 @@ def plan_stages(
 
 
 def stage_costs(
-    program: Program, stages: Sequence[Stage], sizes: Mapping[str, int], device: Device
+    program: Program,
+    stages: Sequence[Stage],
+    sizes: Mapping[str, int],
+    device: Device,
+    of_nodes: Mapping[fx.Node, NodeTraining] | None = None,
 ) -> tuple[StageCost, ...]:
-    """The cost of each stage that ``program`` was cut into."""
-    costs = {node.name: cost for node, cost in training_costs(program, sizes, device).items()}
+    """The cost of each stage that ``program`` was cut into.
+
+    Args:
+        program: whole.
+        stages: of it.
+        sizes: of a microbatch, one for each dynamic dimension.
+        device: what runs a stage.
+        of_nodes: what :func:`training_costs` says of these sizes, where that is known.
+    """
+    if of_nodes is None:
+        of_nodes = training_costs(program, sizes, device)
+    costs = {node.name: cost for node, cost in of_nodes.items()}
     known = {node.name: node for node in program.graph.nodes}
     at = SizesAt(program, sizes)
     loss = _loss(program, at, device)
     return tuple(
         _stage_cost(stage, costs, sum(at.nbytes(known[name]) for name in stage.sent),
-                    loss if stage.outputs else NodeTraining(0.0, 0.0, 0, trained=False))
+                    loss if stage.outputs else NodeTraining(0.0, 0.0, 0.0, 0))
         for stage in stages
     )  # fmt: skip
 
@@ -119,6 +143,7 @@ def _stage_cost(
     return StageCost(
         sum(each.forward for each in own),
         sum(each.backward for each in own),
+        sum(each.weights for each in own),
         sum(size for _, size in set(weight_bytes(stage.program).values())),
         sum(each.saved for each in own),
         sent,
@@ -166,7 +191,7 @@ def _loss(program: Program, at: SizesAt, device: Device) -> NodeTraining:
     outputs: Any = program.graph.output_node().args[0]
     size = sum(at.nbytes(each) for each in set(outputs) if _is_float(each))
     seconds = _LOSS_PASSES * size / device.bandwidth
-    return NodeTraining(seconds, seconds, size, trained=True)
+    return NodeTraining(seconds, seconds, 0.0, size)
 
 
 def _is_float(node: fx.Node) -> bool:

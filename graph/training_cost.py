@@ -89,15 +89,15 @@ class NodeTraining:
     """Cost of one node in a training step.
 
     Attributes:
-        forward, backward: seconds.
+        forward, backward: seconds; backward is all of it.
+        weights: the part of backward that computes gradients of weights.
         saved: bytes of values that backward reads and no node before it saved.
-        trained: whether gradients flow back through its result.
     """
 
     forward: float
     backward: float
+    weights: float
     saved: int
-    trained: bool
 
 
 def find_device(name: str) -> Device:
@@ -173,16 +173,14 @@ class _Costs:
         through = [each for each in node.all_input_nodes if each in self.trained]
         if through and _is_float(node):
             self.trained.add(node)
-        trained = node in self.trained
         forward = self._forward(node)
-        if not trained:
-            return NodeTraining(forward, 0.0, 0, trained=False)
-        if operator_name(node) in _PRODUCTS:
-            times = len([e for e in node.all_input_nodes if e in self.trained and _is_wide(e)])
-            backward = max(times, 1) * forward
-        else:
-            backward = 2 * forward
-        return NodeTraining(forward, backward, self._saved(node), trained=True)
+        if node not in self.trained:
+            return NodeTraining(forward, 0.0, 0.0, 0)
+        if operator_name(node) not in _PRODUCTS:
+            return NodeTraining(forward, 2 * forward, 0.0, self._saved(node))
+        factors = [each for each in through if _is_wide(each)]
+        weights = sum(each.op == "get_attr" for each in factors) * forward
+        return NodeTraining(forward, max(len(factors), 1) * forward, weights, self._saved(node))
 
     def _forward(self, node: fx.Node) -> float:
         val, device = node.meta.get(shapes.VAL), self.device

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ftc.graph.bundle import cannot_write
 from ftc.graph.cost import cost
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Program
@@ -25,12 +24,12 @@ from ftc.passes.base import Context, Pass
 from ftc.passes.pipeline import Pipeline
 
 from .console import duration
+from .pictures import figure_class, save_picture
 from .probes import make_context
 
 _PASSES = {"8": "int8", "4": "int4{method=rtn}"}
 """What ``--bits`` means. Rounding to nearest, because calibrating each weight takes minutes."""
 _LAYERS_SHOWN = 60
-_PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,19 +127,6 @@ def inspect_sensitivity(
     return Sensitivities(source, ctx.probe_source, tuple(worst_first))
 
 
-def check_picture(path: Path) -> None:
-    """Refuses a picture that could not be written, before the time to measure it is spent.
-
-    Raises:
-        UsageError: for another kind of file, a missing folder, or without matplotlib.
-    """
-    if path.suffix not in _PICTURES:
-        raise UsageError(f"{path} is no picture", fix=f"name it .{_PICTURES[0][1:]}")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {path.parent}", fix=f"mkdir -p {path.parent}")
-    _figure()
-
-
 def measure_sensitivity(
     program: Program,
     passes: Sequence[Pass],
@@ -193,7 +179,7 @@ def draw(found: Sequence[Sensitivity], path: Path) -> None:
         WriteError: when the disk is full; an old picture stays.
     """
     specs = list(dict.fromkeys(each.spec for each in found))
-    figure = _figure()(figsize=(10, 3.2 * max(1, len(specs))), layout="constrained")
+    figure = figure_class()(figsize=(10, 3.2 * max(1, len(specs))), layout="constrained")
     for axis, spec in zip(figure.subplots(len(specs), squeeze=False)[:, 0], specs, strict=True):
         rows = sorted((s for s in found if s.spec == spec), key=lambda s: -s.drift)
         rows = rows[:_LAYERS_SHOWN]
@@ -202,23 +188,7 @@ def draw(found: Sequence[Sensitivity], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_ylabel("drift of the output")
         axis.set_title(f"{spec}, one weight at a time", fontsize=9)
-    draft = path.with_name(f".{path.stem}.ftc{path.suffix}")
-    try:
-        figure.savefig(draft, dpi=150)
-        draft.replace(path)
-    except OSError as error:
-        raise cannot_write(error, path) from error
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _figure() -> Any:
-    """matplotlib's class of figures."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("pictures need matplotlib", fix="pip install 'ftc[pictures]'") from None
-    return Figure
+    save_picture(figure, path)
 
 
 def _base(program: Program, each: Pass, ctx: Context) -> Program:

@@ -2,6 +2,7 @@
 
 from .bundle import FORMAT, load_bundle, save_bundle
 from .output import cannot_write, check_output, check_parents, is_bundle
+from .replace_folder import write_folder
 
 __all__ = [
     "FORMAT",
@@ -11,4 +12,5 @@ __all__ = [
     "is_bundle",
     "load_bundle",
     "save_bundle",
+    "write_folder",
 ]

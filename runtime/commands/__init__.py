@@ -6,5 +6,16 @@ its top a file imports click and what it needs to be declared; everything heavy
 is imported within the function, so that ``--help`` answers at once.
 """
 
-NAMES = ("compile", "inspect", "run", "eval", "bench", "train", "export", "passes", "target")
+NAMES = (
+    "compile",
+    "inspect",
+    "run",
+    "eval",
+    "bench",
+    "train",
+    "plan",
+    "export",
+    "passes",
+    "target",
+)
 """In the order of the help."""

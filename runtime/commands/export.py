@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 @command
 @click.argument("program")
 @click.option("-o", "--out", required=True, metavar="FILE|DIR")
+@click.option("--stages", is_flag=True, help="One file for each stage of a partitioned program, "
+              "and stages.json.")  # fmt: skip
 @dialect_option
 @task_option
 @force_option
 @trust_option
-def export(output: Output, program: str, out: str, **options: Any) -> None:
-    """Lower a program to an ONNX file of its own."""
-    from ftc.runtime import export as exporting
+def export(output: Output, program: str, out: str, stages: bool, **options: Any) -> None:
+    """Lower a program to an ONNX file of its own, or each of its stages."""
     from ftc.runtime import render
+    from ftc.runtime.export import export as whole
+    from ftc.runtime.export_stages import export_stages
 
-    found = exporting.export(program, Path(out), progress=output.say, **options)
+    write = export_stages if stages else whole
+    found = write(program, Path(out), progress=output.say, **options)
     output.show(found, render.render_export)

@@ -15,8 +15,11 @@ from .options import command, task_option, trust_option
 if TYPE_CHECKING:
     from ftc.runtime.console import Output
 
-_OF_SUMMARY = ("ir", "layers", "shape")
-_OF_SENSITIVITY = ("bits", "calib", "picture")
+_SUMMARY = ("ir", "layers", "shape", "selector")
+_SENSITIVITY = ("bits", "calib", "picture", "selector")
+_STAGES = ("shape", "microbatches", "picture", "device")
+_FOR = {"sensitivity": _SENSITIVITY, "stages": _STAGES}
+_WORDS = {"selector": "select"}
 
 
 @command
@@ -24,35 +27,47 @@ _OF_SENSITIVITY = ("bits", "calib", "picture")
 @click.option("--ir", is_flag=True, help="The graph as text.")
 @click.option("--layers", is_flag=True, help="Cost by layer.")
 @click.option("--select", "selector", metavar="SELECTOR", help="The weights that a selector means.")
-@click.option("--shape", metavar="SIZES", help="Count operations at batch=8,sequence=128.")
+@click.option("--shape", metavar="SIZES", help="Count at batch=8,sequence=128.")
 @click.option("--sensitivity", is_flag=True, help="How far the output drifts when one weight "
               "alone is quantized: of each weight, or of those of --select.")  # fmt: skip
 @click.option("--bits", metavar="N,N", help="For --sensitivity: 8, 4 or both, the default.")
 @click.option("--calib", metavar="FILE|TEXT", help="For --sensitivity: what to measure on.")
-@click.option("--picture", metavar="FILE.png", help="For --sensitivity: a picture of it.")
+@click.option("--stages", is_flag=True, help="What each stage of a partitioned program costs, and "
+              "the schedules that run them, simulated.")  # fmt: skip
+@click.option("--microbatches", type=int, metavar="N", help="For --stages: of a step; twice the "
+              "stages by default.")  # fmt: skip
+@click.option("--device", metavar="NAME", help="For --stages: cpu (the default), a100 or h100.")
+@click.option("--picture", metavar="FILE.png", help="A picture of what --sensitivity or --stages "
+              "shows.")  # fmt: skip
 @task_option
 @trust_option
 def inspect(
     output: Output,
     model: str,
-    selector: str | None,
     sensitivity: bool,
+    stages: bool,
     task: str | None,
     trust: bool,
     **options: Any,
 ) -> None:
     """Show what MODEL or a bundle is: interface, weights, operations, history."""
-    show = _sensitivity if sensitivity else _summary
-    for name in _OF_SUMMARY if sensitivity else _OF_SENSITIVITY:
+    if sensitivity and stages:
+        raise UsageError("--stages does not go with --sensitivity", fix="leave out --stages")
+    mode = "sensitivity" if sensitivity else "stages" if stages else None
+    taken = _FOR[mode] if mode else _SUMMARY
+    for name in [each for each in options if each not in taken]:
         if options.pop(name):
-            word = "does not go with" if sensitivity else "is for"
-            fix = f"leave out --{name}" if sensitivity else f"--sensitivity --{name}"
-            raise UsageError(f"--{name} {word} --sensitivity", fix=fix)
-    show(output, model, {"task": task, "trust": trust}, selector, **options)
+            word = _WORDS.get(name, name)
+            if mode:
+                raise UsageError(f"--{word} does not go with --{mode}", fix=f"leave out --{word}")
+            other = next(each for each, names in _FOR.items() if name in names)
+            raise UsageError(f"--{word} is for --{other}", fix=f"--{other} --{word}")
+    show = {"sensitivity": _sensitivity, "stages": _stages, None: _summary}[mode]
+    show(output, model, {"task": task, "trust": trust}, **options)
 
 
 def _summary(
-    output: Output, model: str, how: dict[str, Any], selector: str | None,
+    output: Output, model: str, how: dict[str, Any], *, selector: str | None,
     ir: bool, layers: bool, shape: str | None,
 ) -> None:  # fmt: skip
     from ftc.graph.printer import print_graph
@@ -74,16 +89,17 @@ def _summary(
 
 
 def _sensitivity(
-    output: Output, model: str, how: dict[str, Any], selector: str | None,
+    output: Output, model: str, how: dict[str, Any], *, selector: str | None,
     bits: str | None, calib: str | None, picture: str | None,
 ) -> None:  # fmt: skip
     from ftc.graph.sources import capture
     from ftc.runtime import sensitivity
+    from ftc.runtime.pictures import check_picture
     from ftc.runtime.render_sensitivity import render_sensitivities
 
     passes = sensitivity.passes_for(bits or "8,4")
     if picture:
-        sensitivity.check_picture(Path(picture))
+        check_picture(Path(picture))
     output.say(f"reading {model}")
     found = sensitivity.inspect_sensitivity(
         capture(model, **how), model, passes, selector=selector, calib=calib, progress=output.say
@@ -91,3 +107,23 @@ def _sensitivity(
     if picture:
         sensitivity.draw(found.found, Path(picture))
     output.show(found, render_sensitivities)
+
+
+def _stages(
+    output: Output, model: str, how: dict[str, Any], *, shape: str | None,
+    microbatches: int | None, device: str | None, picture: str | None,
+) -> None:  # fmt: skip
+    from ftc.graph.sources import capture
+    from ftc.runtime import stage_report
+    from ftc.runtime.pictures import check_picture
+    from ftc.runtime.render_stages import render_stages
+
+    if picture:
+        check_picture(Path(picture))
+    output.say(f"reading {model}")
+    found = stage_report.report_stages(
+        capture(model, **how), model, shape=shape, microbatches=microbatches, device=device or "cpu"
+    )
+    if picture:
+        stage_report.draw_timelines(found.timelines, Path(picture))
+    output.show(found, render_stages)

@@ -20,6 +20,12 @@ force_option = click.option("--force", is_flag=True, help="Replace what is there
 threads_option = click.option("--threads", type=int, metavar="N")
 
 
+def hardware_option(default: str) -> Callable[[Any], Any]:
+    """``--device``: what training is planned for."""
+    return click.option("--device", default=default, metavar="NAME",
+                        help=f"What runs a stage: cpu, a100 or h100; {default}.")  # fmt: skip
+
+
 def command(function: Callable[..., Any]) -> click.Command:
     """Declares a command of the function's name; adds ``--json`` and ``--debug``.
 
