@@ -9,10 +9,12 @@ each node as it inserts it, so a wrong shape is found at the rewrite that made i
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -95,12 +97,18 @@ def infer(node: fx.Node, module: fx.GraphModule, mode: FakeTensorMode) -> None:
     elif node.op == "call_function":
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         assert callable(node.target)
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), _dispatcher(node):
             node.meta[VAL] = node.target(*args, **kwargs)
     elif node.op == "output":
         node.meta[VAL] = fx.node.map_arg(node.args[0], value)
     else:
         raise AssertionError(f"{node.op} has no place in a program")
+
+
+def _dispatcher(node: fx.Node) -> AbstractContextManager[Any]:
+    """Python's compositions for upsampling, as in capture: C++ fixes the batch at its hint."""
+    upsampling = "upsample" in str(node.target)
+    return enable_python_dispatcher() if upsampling else nullcontext()
 
 
 def _distinct_sizes(signature: Signature) -> dict[str, int]:
