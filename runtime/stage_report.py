@@ -85,7 +85,8 @@ def timelines(stages: Sequence[StageTime], microbatches: int) -> tuple[Timeline,
     """A timeline of every schedule that can run these stages.
 
     Args:
-        stages: measured or predicted times; interleaved runs two on each device.
+        stages: measured or predicted times; interleaved runs two on each device, on two or
+            more devices.
         microbatches: 1 or more.
 
     Raises:
@@ -93,8 +94,11 @@ def timelines(stages: Sequence[StageTime], microbatches: int) -> tuple[Timeline,
     """
     found, refused = [], None
     for schedule in SCHEDULES:
-        halves = schedule == "interleaved"
-        devices = len(stages) // 2 if halves and len(stages) % 2 == 0 else len(stages)
+        devices = len(stages)
+        if schedule == "interleaved":
+            if devices < 4 or devices % 2:
+                continue
+            devices //= 2
         try:
             refuse(schedule, len(stages), microbatches, devices)
         except UsageError as error:

@@ -78,10 +78,10 @@ def test_every_piece_of_work_is_done_once_and_after_what_it_needs(
 
 def test_the_report_and_the_picture_of_a_program(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    program = Partition(stages=2)(tiny("gpt2")).program
+    program = Partition(stages=4)(tiny("gpt2")).program
     report = report_stages(program, "m", shape="batch=2", microbatches=4, device="cpu")
-    assert report.sizes["batch"] == 2 and len(report.stages) == 2
-    assert report.shared == {"lm_head.weight": (0, 1)}
+    assert report.sizes["batch"] == 2 and len(report.stages) == 4
+    assert report.shared == {"lm_head.weight": (0, 3)}
     assert {line.schedule for line in report.timelines} == set(SCHEDULES)
     draw_timelines(report.timelines, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 5000
