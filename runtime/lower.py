@@ -199,7 +199,7 @@ class _Lowering:
         leaves = self.program.graph.output_node().args[0]
         assert isinstance(leaves, tuple)
         for leaf, spec in zip(leaves, self.program.signature.outputs, strict=True):
-            value = env[leaf]  # type: ignore[index]
+            value = e.replaced.get(env[leaf], env[leaf])  # type: ignore[index]
             if value.producer() is None or value in outputs:
                 value = e.identity(value)
             value.name = spec.name

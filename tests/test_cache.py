@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftc.graph.bundle import load_bundle, save_bundle
-from ftc.graph.cached import run_in_pieces, token_limit
+from ftc.graph.cached import Names, run_in_pieces, token_limit
 from ftc.graph.errors import OrderError, PreconditionError, UsageError
 from ftc.graph.program import Program
 from ftc.passes.cache import Cache
@@ -91,6 +91,20 @@ def test_onnxruntime_gives_the_same(name, dialect):
         wanted = run_in_pieces(program, rows, [6, 1, 2])
     got = run_in_pieces(session, rows, [6, 1, 2], program.signature)
     torch.testing.assert_close(got["logits"], wanted["logits"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_attention_joins_the_past_itself(name):
+    """Each cache goes into one operator and comes out of it; nothing splits or turns heads."""
+    model = lower(cached(name), "standard")
+    attentions = [n for n in model.graph if n.op_type == "Attention"]
+    for number, node in enumerate(attentions):
+        assert [v.name for v in node.inputs[4:]] == list(Names.past(number))
+        assert [v.name for v in node.outputs[1:]] == list(Names.present(number))
+        assert "Transpose" not in [v.producer().op_type for v in node.inputs[:3]]
+    held = {v for v in model.graph.inputs if v.name in Names.past(0)}
+    assert [n.op_type for v in held for n in v.consumers()] == ["Attention"] * 2
+    assert len({n.inputs[3] for n in attentions}) == 1  # one mask for all layers
 
 
 def test_only_the_last_row_is_scored():

@@ -6,6 +6,10 @@ One ``Attention`` operator. Heads that were split from ``[batch, length, width]`
 by a reshape and a transpose are given to it unsplit, which is its fastest form,
 and keys or values that were repeated over groups of heads are given unrepeated.
 A row whose mask excludes everything is 0, as in torch.
+
+Keys and values that go on from earlier ones, ``[K_past; K]``, are joined by the operator
+itself, which gives both joined as results too: the new ones come to it as they are
+computed, with no operator between that splits heads, turns axes or copies.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from .table import Unsupported, lowers
 aten = torch.ops.aten
 
 HEADS_FIRST = [0, 2, 1, 3]
+_LENGTH = 2
 _NEARLY_LOWEST = -1e38
 
 
@@ -43,22 +48,44 @@ def attention(
     key, value = _shared(e, key, value)
     mask = None if attn_mask is None else _mask(e, attn_mask, e.dims(query)[2], e.dims(key)[2])
     how = {"scale": float(scale), "is_causal": int(is_causal)}
-    joined = [merged(e, x) for x in (query, key, value)]
-    if all(m is not None for m in joined):
-        return _of_merged(e, joined, mask, query, key, value, how)
-    return e.op("Attention", query, key, value, mask, **how)
-
-
-def _of_merged(
-    e: Emitter, joined: list[Any], mask: Value | None, query: Value, key: Value, value: Value,
-    how: dict[str, Any],
-) -> Value:  # fmt: skip
-    """Attention on ``[batch, length, heads * dim]``; the result's heads are split."""
+    whole = (key, value)
+    past: tuple[Value, ...] = ()
+    if not is_causal and (parts := _past_and_new(e, key, value)) is not None:
+        past, (key, value) = parts
+    operands: list[Value] = [query, key, value]
+    unsplit = [m for x in operands if (m := merged(e, x)) is not None]
+    if len(unsplit) == 3:
+        operands = unsplit
+        how |= {"q_num_heads": e.dims(query)[1], "kv_num_heads": e.dims(key)[1]}
+    made = e.op("Attention", *operands, mask, *past, outputs=3 if past else 1, **how)
+    y = made[0] if past else made
+    if past:
+        for joined, present in zip(whole, made[1:], strict=True):
+            e.replace(joined, present)
+    if len(unsplit) < 3:
+        return y  # type: ignore[no-any-return]
     batch, heads, length, _ = e.dims(query)
     depth = e.dims(value)[3]
-    y = e.op("Attention", *joined, mask, q_num_heads=heads, kv_num_heads=e.dims(key)[1],
-             dims=(batch, length, heads * depth), **how)  # fmt: skip
+    e.describe(y, e.dtype(query), (batch, length, heads * depth))
     return e.transpose(e.reshape(y, [batch, length, heads, depth]), HEADS_FIRST)
+
+
+def _past_and_new(
+    e: Emitter, key: Value, value: Value
+) -> tuple[tuple[Value, Value], tuple[Value, Value]] | None:
+    """``(past keys, past values), (new keys, new values)`` where both are joined of two."""
+    pairs = []
+    for x in (key, value):
+        maker = x.producer()
+        if maker is None or maker.op_type != "Concat" or len(maker.inputs) != 2:
+            return None
+        if maker.attributes["axis"].as_int() != _LENGTH:
+            return None
+        pairs.append(maker.inputs)
+    (past_key, new_key), (past_value, new_value) = pairs
+    if e.dims(past_key) != e.dims(past_value) or e.dims(new_key)[2] != e.dims(new_value)[2]:
+        return None
+    return (past_key, past_value), (new_key, new_value)
 
 
 def merged(e: Emitter, x: Value) -> Value | None:

@@ -46,6 +46,7 @@ class Emitter:
         nodes: emitted nodes, in order.
         initializers: weights and constants, in order.
         sizes: symbolic sizes (:class:`~ftc.runtime.lowering.sizes.Sizes`).
+        replaced: values with an equal one made later, which an output is taken from.
         standard: whether only operators of ONNX itself may be emitted.
     """
 
@@ -60,6 +61,7 @@ class Emitter:
         self._dims: dict[Value, Dims] = {}
         self._made: dict[tuple[Any, ...], tuple[Value, ...]] = {}
         self._weights: dict[tuple[Any, ...], Value] = {}
+        self.replaced: dict[Value, Value] = {}
         self._taken: set[str] = {*program.signature.input_names, *program.signature.output_names}
 
     def op(
@@ -253,6 +255,11 @@ class Emitter:
         if place.made_by != "capture":
             origin["made_by"] = place.made_by
         return {k: v for k, v in origin.items() if v}
+
+    def replace(self, value: Value, by: Value) -> None:
+        """Says that ``by``, made later, is equal to ``value``."""
+        self.describe(by, self._dtypes[value], self._dims[value])
+        self.replaced[value] = by
 
     def rename(self, value: Value, name: str) -> None:
         """Gives a result the name of the fx node it stands for."""
