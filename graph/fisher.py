@@ -16,6 +16,10 @@ of different products are in one unit.
 ``F`` needs less data than ``G``: what matters at an output is the same for most texts.
 So of long calibration data only a part, spread over the whole, is run backward; the
 rest runs forward, up to the last product.
+
+A product with fewer outputs than inputs needs ``G`` only as ``W G W^T [out, out]``,
+which is the second moment of its outputs (:func:`ftc.graph.spectrum.spectrum`): of a
+product that narrows to a third, a ninth of the memory and of the work.
 """
 
 from __future__ import annotations
@@ -23,11 +27,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
 
 from .drift import valid_rows
 from .observe import observe
@@ -36,7 +41,8 @@ from .program import Program
 
 _STATES = ("feature-extraction", "module")  # tasks whose outputs are not scores
 _RANDOM_RUNS = 4
-_AT_ONCE = 128  # tokens of a run: its activations and scores are all that is kept
+_DRAWN_AT_ONCE = 16  # rows of scores
+_AT_ONCE = 96  # tokens of a run: its activations and scores are all that is kept
 _BACKWARD = 4096  # tokens that are run backward
 
 
@@ -46,6 +52,9 @@ class Moments:
 
     Attributes:
         inputs: ``G`` by the node that makes the products' input, float32 ``[in, in]``.
+        outputs: ``W G W^T`` by the product's node, float32 ``[out, out]``, where it was
+            asked for in place of ``G``.
+        levels: mean of the diagonal of ``G`` by that node, where ``outputs`` were asked for.
         gradients: ``F`` by the product's node, float32 ``[out, out]``; where the product
             has more outputs than inputs its diagonal ``[out]``, which is as good there
             (an elementwise function comes next) and a third of all memory less. A
@@ -53,12 +62,15 @@ class Moments:
     """
 
     inputs: dict[fx.Node, Tensor] = field(default_factory=dict)
+    outputs: dict[fx.Node, Tensor] = field(default_factory=dict)
+    levels: dict[fx.Node, float] = field(default_factory=dict)
     gradients: dict[fx.Node, Tensor] = field(default_factory=dict)
 
 
 def moments(
     program: Program, inputs: Sequence[Inputs], nodes: Collection[fx.Node],
-    *, gradients: bool = True, random_share: float = 0.0, seed: int = 0,
+    *, by_outputs: Collection[fx.Node] = (), gradients: bool = True, random_share: float = 0.0,
+    seed: int = 0,
 ) -> Moments:  # fmt: skip
     """The moments of ``nodes``, from one pass over ``inputs``.
 
@@ -66,6 +78,7 @@ def moments(
         program: is not changed.
         inputs: tensors by input name, one mapping a run; one at least.
         nodes: products ``linear(x, W, b)`` of the program.
+        by_outputs: those of ``nodes`` that have ``W G W^T`` in place of ``G``.
         gradients: whether to find ``F``, which takes a backward pass.
         random_share: how much random inputs weigh, in [0, 1): they reach what the
             given ones never use, which other texts may.
@@ -79,17 +92,15 @@ def moments(
         parts += _parts(program, random, random_share, gradients)
     copy = program.clone()
     copy.module.requires_grad_(False)
+    sums = _Sums(found, program, nodes, by_outputs)
     for part in parts:
-        if part.gradients:
-            with torch.enable_grad():
-                outputs = _Watched(copy, program, nodes, found, part).run(
-                    *program.signature.bind(part.given)
-                )
-                loss = _loss(program, outputs, part.given, generator)
-                if loss is not None:
-                    loss.backward()  # type: ignore[no-untyped-call]
-        else:
-            _add_inputs(found, program, part, nodes)
+        if not part.gradients:  # up to the last product
+            observe(program, [part.given], sums.watch(part.inputs))
+            continue
+        with torch.enable_grad():
+            watched = _Watched(copy, program, nodes, sums, part)
+            outputs = watched.run(*program.signature.bind(part.given))
+        _backward(program, outputs, part.given, generator)
     return found
 
 
@@ -108,17 +119,20 @@ def _parts(
     """Runs that weigh ``share`` together; evenly spread ones of them also run backward."""
     signature = program.signature
     split = pieces(signature, inputs, _AT_ONCE)
-    length = sum(positions(signature, given) for given in split)
-    step = math.ceil(length / _BACKWARD) if gradients else len(split) + 1
+    short = [shortened(signature, given, _AT_ONCE) for given in split]
+    sizes, left = ([positions(signature, given) for given in each] for each in (split, short))
+    step = math.ceil(sum(left) / _BACKWARD) if gradients else len(split) + 1
     back = [gradients and index % step == 0 for index in range(len(split))]
-    split = [shortened(signature, given, _AT_ONCE) if its else given
-             for given, its in zip(split, back, strict=True)]  # fmt: skip
-    sizes = [positions(signature, given) for given in split]
-    learned = sum(size for size, its in zip(sizes, back, strict=True) if its)
-    return [
-        _Part(given, share * size / sum(sizes), share * size / learned if its else 0.0)
-        for given, size, its in zip(split, sizes, back, strict=True)
-    ]
+    learned = sum(size for size, its in zip(left, back, strict=True) if its)
+    made = []
+    for given, part, size, rest, its in zip(split, short, sizes, left, back, strict=True):
+        forward = share * size / sum(sizes)
+        backward = share * rest / learned if its else 0.0
+        if its and rest < size:  # the whole of it, then its beginning backward
+            made += [_Part(given, forward, 0.0), _Part(part, 0.0, backward)]
+        else:
+            made.append(_Part(given, forward, backward))
+    return made
 
 
 def _random_like(program: Program, given: Inputs, seed: int) -> dict[str, Tensor]:
@@ -127,50 +141,79 @@ def _random_like(program: Program, given: Inputs, seed: int) -> dict[str, Tensor
     return program.signature.probe(seed=seed, **sizes)
 
 
-def _add_inputs(found: Moments, program: Program, part: _Part, nodes: Collection[fx.Node]) -> None:
-    """A run forward."""
-    sources: list[Any] = list(dict.fromkeys(node.args[0] for node in nodes))
+class _Sums:
+    """Adds up what values of a run say about the products' inputs."""
 
-    def watch(source: fx.Node) -> Callable[[Tensor], None]:
-        def add(value: Tensor) -> None:
-            rows = value.flatten(0, -2).float()
-            _add_gram(found.inputs, source, rows, part.inputs / max(len(rows), 1))
+    def __init__(
+        self, found: Moments, program: Program, nodes: Collection[fx.Node],
+        by_outputs: Collection[fx.Node],
+    ) -> None:  # fmt: skip
+        self._found, self.gradients = found, found.gradients
+        self._grams: set[Any] = {node.args[0] for node in nodes if node not in by_outputs}
+        self._levels: set[Any] = {node.args[0] for node in by_outputs}
+        self._biases = {node: _bias(program, node) for node in by_outputs}
+        self.watched: set[fx.Node] = {*self._grams, *self._levels, *self._biases}
 
-        return add
+    def watch(self, weight: float) -> dict[fx.Node, Callable[[Tensor], None]]:
+        """A callback for each watched node of a run that weighs ``weight``."""
+        return {node: partial(self.add, node, weight) for node in self.watched}
 
-    observe(program, [part.given], {source: watch(source) for source in sources})
+    def add(self, node: fx.Node, weight: float, value: Tensor) -> None:
+        """Adds the rows of one value."""
+        rows = value.detach().flatten(0, -2).float()
+        each = weight / max(len(rows), 1)
+        if node in self._grams:
+            _add_gram(self._found.inputs, node, rows, each)
+        if node in self._levels:
+            level = each * float(rows.square().sum()) / rows.shape[1]
+            self._found.levels[node] = self._found.levels.get(node, 0.0) + level
+        if node in self._biases:
+            bias = self._biases[node]
+            _add_gram(self._found.outputs, node, rows if bias is None else rows - bias, each)
 
 
-def _loss(
+def _bias(program: Program, node: fx.Node) -> Tensor | None:
+    bias: Any = node.args[2] if len(node.args) > 2 else None
+    return None if bias is None else program.tensor(str(bias.target)).detach()
+
+
+def _backward(
     program: Program, outputs: Sequence[Tensor], given: Inputs, generator: torch.Generator
-) -> Tensor | None:
-    """A scalar whose gradient at the outputs has their Hessian as its covariance."""
+) -> None:
+    """Runs gradients back whose covariance is the Hessian at the outputs."""
     scores = program.signature.task not in _STATES
-    total: Tensor | None = None
+    reached, gradients = [], []
     for spec, output in zip(program.signature.outputs, outputs, strict=True):
         if not output.requires_grad:
             continue
+        rows = output.detach().reshape(-1, output.shape[-1])
+        gradient = _answers(rows, generator) if scores else _direction(rows, generator)
+        gradient = gradient.reshape(output.shape)
         valid = valid_rows(spec.shape, given, program.signature)
-        rows = output[valid] if valid is not None else output.reshape(-1, output.shape[-1])
-        part = _answers(rows, generator) if scores else _direction(rows, generator)
-        part = part / max(len(rows), 1) ** 0.5
-        total = part if total is None else total + part
-    return total
+        if valid is not None:
+            gradient[~valid] = 0
+        count = len(rows) if valid is None else int(valid.sum())
+        reached.append(output)
+        gradients.append(gradient.div_(max(count, 1) ** 0.5))
+    if reached:
+        torch.autograd.backward(reached, gradients)
 
 
 def _answers(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Minus the log-likelihood of an answer drawn from each row of scores."""
-    drawn = torch.multinomial(scores.detach().float().softmax(-1), 1, generator=generator)
-    lost: Tensor = cross_entropy(scores, drawn[:, 0], reduction="sum")
-    return lost
+    """Gradients of minus the log-likelihood of an answer drawn from each row of scores."""
+    chances = scores.softmax(-1)
+    for start in range(0, len(chances), _DRAWN_AT_ONCE):
+        some = chances[start : start + _DRAWN_AT_ONCE]
+        drawn = torch.multinomial(some.float(), 1, generator=generator)
+        some.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=some.dtype))
+    return chances
 
 
 def _direction(states: Tensor, generator: torch.Generator) -> Tensor:
     """Each row along a random direction, relative to the row's length."""
-    length = states.detach().norm(dim=-1, keepdim=True)
+    length = states.norm(dim=-1, keepdim=True)
     random = torch.randn(states.shape, generator=generator, dtype=states.dtype)
-    along: Tensor = (states * random / length.clamp_min(1e-12)).sum()
-    return along
+    return random.div_(length.clamp_min(1e-12))
 
 
 class _Watched(fx.Interpreter):
@@ -181,29 +224,28 @@ class _Watched(fx.Interpreter):
     """
 
     def __init__(
-        self, clone: Program, program: Program, nodes: Collection[fx.Node],
-        found: Moments, part: _Part,
+        self, clone: Program, program: Program, nodes: Collection[fx.Node], sums: _Sums,
+        part: _Part,
     ) -> None:  # fmt: skip
         super().__init__(clone.module, garbage_collect_values=True)
         pairs = zip(program.graph.nodes, clone.graph.nodes, strict=True)
-        self._original = {copy: node for node, copy in pairs if node in nodes}
-        self._found, self._part = found, part
-        self._seen: set[fx.Node] = set()
+        self._original = {copy: node for node, copy in pairs}
+        self._nodes, self._sums, self._part = nodes, sums, part
 
     def run_node(self, n: fx.Node) -> Any:
-        """A watched product is computed on an input that has a gradient."""
-        node = self._original.get(n)
-        if node is None:
-            return super().run_node(n)
+        """What is watched is added up."""
+        node = self._original[n]
+        result = self._product(n, node) if node in self._nodes else super().run_node(n)
+        if self._part.inputs and node in self._sums.watched:
+            self._sums.add(node, self._part.inputs, result)
+        return result
+
+    def _product(self, n: fx.Node, node: fx.Node) -> Tensor:
+        """A product is computed on an input that has a gradient."""
         args, _ = self.fetch_args_kwargs_from_env(n)
         x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
-        source: Any = node.args[0]
-        if source not in self._seen:
-            self._seen.add(source)
-            rows = x.detach().flatten(0, -2).float()
-            _add_gram(self._found.inputs, source, rows, self._part.inputs / max(len(rows), 1))
-        result = linear(x, *args[1:])
-        sums, weight = self._found.gradients, self._part.gradients
+        result: Tensor = linear(x, *args[1:])
+        sums, weight = self._sums.gradients, self._part.gradients
         diagonal = result.shape[-1] > x.shape[-1]
 
         def keep(gradient: Tensor) -> None:

@@ -8,6 +8,8 @@ of ``M M^T`` and ``M^T M``, and
 
     W_r = (L^-T P_r) (P_r^T L^T W)        or        (W R P_r) (P_r^T R^-1)
 
+So where ``W`` is not higher than wide, ``G`` is needed only as ``W G W^T [out, out]``.
+
 ``F`` and ``G`` the identity: plain SVD. ``F`` the identity: SVD-LLM (Wang et al.,
 arXiv 2403.07378). Both: losses of different weights are in one unit.
 """
@@ -65,8 +67,9 @@ class Spectrum:
 
 
 def spectrum(
-    weight: Tensor, left: Metric = None, right: Metric = None, *, values_only: bool = False
-) -> Spectrum:
+    weight: Tensor, left: Metric = None, right: Metric = None, *,
+    outputs: Tensor | None = None, values_only: bool = False,
+) -> Spectrum:  # fmt: skip
     """The spectrum of ``weight [out, in]``.
 
     Args:
@@ -74,15 +77,21 @@ def spectrum(
         left: lower Cholesky factor ``L [out, out]`` of the outputs' metric, or the diagonal
             of a diagonal one ``[out]``; None: identity.
         right: ``R [in, in]`` of the inputs', or ``[in]``.
+        outputs: ``W G W^T [out, out]`` in place of ``right``, where ``out <= in``.
         values_only: without singular vectors, several times as fast.
     """
-    matrix = weight.double()
-    if left is not None:
-        matrix = left[:, None] * matrix if left.dim() == 1 else left.T @ matrix
-    if right is not None:
-        matrix = matrix * right if right.dim() == 1 else matrix @ right
-    high = matrix.shape[0] <= matrix.shape[1]
-    gram = matrix @ matrix.T if high else matrix.T @ matrix
+    out, width = weight.shape
+    assert outputs is None or (right is None and out <= width)
+    high = out <= width
+    if outputs is not None:
+        gram = _seen_from(left, outputs)
+    else:
+        matrix = weight.double()
+        if right is not None:
+            matrix = matrix * right if right.dim() == 1 else matrix @ right
+        if left is not None:
+            matrix = left[:, None] * matrix if left.dim() == 1 else left.T @ matrix
+        gram = matrix @ matrix.T if high else matrix.T @ matrix
     if values_only:
         squares = torch.linalg.eigvalsh(gram)
         return Spectrum(weight, squares.flip(0).clamp_min(0), None, None)
@@ -90,6 +99,15 @@ def spectrum(
     return Spectrum(
         weight, squares.flip(0).clamp_min(0), basis.flip(1).float(), left if high else right
     )
+
+
+def _seen_from(left: Metric, outputs: Tensor) -> Tensor:
+    """``L^T C L``."""
+    if left is None:
+        return outputs
+    if left.dim() == 1:
+        return left[:, None] * outputs * left
+    return left.T @ outputs @ left
 
 
 def _times(root: Metric, part: Tensor) -> Tensor:
@@ -134,3 +152,17 @@ def damped_root(moment: Tensor, damping: float) -> Tensor:
             found: Tensor = lower
             return found
         damping *= 10
+
+
+def damped_outputs(moment: Tensor, level: float, weight: Tensor, damping: float) -> Tensor:
+    """``W (G + damping level I) W^T``, float64 ``[out, out]``: outputs of inputs so damped.
+
+    Args:
+        moment: ``W G W^T [out, out]``.
+        level: mean of the diagonal of ``G``; where it is 0, ``G`` is taken for the identity.
+        weight: ``W [out, in]``.
+        damping: above 0.
+    """
+    wide = weight.double()
+    plain = wide @ wide.T
+    return moment.double() + damping * level * plain if level > 0 else plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from ftc.graph.fisher import moments
 from ftc.graph.products import Product
 from ftc.graph.rewriter import Rewriter
-from ftc.graph.spectrum import Spectrum, damped_root, spectrum
+from ftc.graph.spectrum import Spectrum, damped_outputs, damped_root, spectrum
 
 from .context import Context
 
@@ -47,7 +48,9 @@ class Measure:
         share = _RANDOM_SHARE if self._method == "fisher" and ctx.calibration else 0.0
         nodes = {product.node for product, _ in able}
         self._inputs = {p.weight: p.x for p, _ in able}  # as the data ran: rewrites change them
-        self._moments = moments(rw.program, data, nodes, gradients=self._method == "fisher",
+        narrow = set() if self._method == "diagonal" else _narrowing(able)
+        self._moments = moments(rw.program, data, nodes, by_outputs=narrow,
+                                gradients=self._method == "fisher",
                                 random_share=share, seed=ctx.seed)  # fmt: skip
         rw.note(f"factors are the best for the {self._method} metric of the data")
 
@@ -57,29 +60,49 @@ class Measure:
         return found is not None and bool(found.any())
 
     def __call__(self, product: Product, weight: Tensor) -> Spectrum:
-        """The spectrum with its vectors."""
+        """The spectrum with its vectors; of each product once, unless they are kept."""
         if self._known is None:
-            return spectrum(weight, *self._metric(product))
+            found = self._spectrum(product, weight)
+            if self._method != "plain":
+                self._moments.outputs.pop(product.node, None)
+                self._moments.gradients.pop(product.node, None)
+            return found
         if product.weight not in self._known:
-            self._known[product.weight] = spectrum(weight, *self._metric(product))
+            self._known[product.weight] = self._spectrum(product, weight)
         return self._known[product.weight]
 
     def values(self, product: Product, weight: Tensor) -> Spectrum:
         """The spectrum without."""
-        return spectrum(weight, *self._metric(product), values_only=True)
+        return self._spectrum(product, weight, values_only=True)
 
-    def _metric(self, product: Product) -> tuple[Tensor | None, Tensor | None]:
-        """Roots of the metric of the product's outputs and inputs."""
+    def _spectrum(self, product: Product, weight: Tensor, *, values_only: bool = False) -> Spectrum:
         if self._method == "plain":
-            return None, None
+            return spectrum(weight, values_only=values_only)
         source = self._inputs[product.weight]
-        gram = self._moments.inputs[source]
         if self._method == "diagonal":
-            size = gram.diagonal().double()
-            return None, (size + self._damping * size.mean() + 1e-30) ** 0.25
-        if source not in self._roots:
-            self._roots = {source: damped_root(gram, self._damping)}  # readers follow it
-        right = self._roots[source]
-        if self._method == "whitened" or not self.reaches(product):
-            return None, right
-        return damped_root(self._moments.gradients[product.node], self._damping), right
+            size = self._moments.inputs[source].diagonal().double()
+            scale = (size + self._damping * size.mean() + 1e-30) ** 0.25
+            return spectrum(weight, right=scale, values_only=values_only)
+        left = None
+        if self._method == "fisher" and self.reaches(product):
+            left = damped_root(self._moments.gradients[product.node], self._damping)
+        if product.node in self._moments.outputs:
+            moment, level = self._moments.outputs[product.node], self._moments.levels[source]
+            outputs = damped_outputs(moment, level, weight, self._damping)
+            return spectrum(weight, left, outputs=outputs, values_only=values_only)
+        if source not in self._roots:  # readers follow each other
+            self._roots = {source: damped_root(self._moments.inputs[source], self._damping)}
+        return spectrum(weight, left, self._roots[source], values_only=values_only)
+
+
+def _narrowing(able: Sequence[tuple[Product, Tensor]]) -> set[fx.Node]:
+    """Products whose outputs' moments are smaller than those of the input that they read."""
+    readers: dict[fx.Node, list[tuple[Product, Tensor]]] = defaultdict(list)
+    for product, weight in able:
+        readers[product.x].append((product, weight))
+    return {
+        product.node
+        for own in readers.values()
+        if sum(len(w) ** 2 for _, w in own) <= own[0][1].shape[1] ** 2
+        for product, _ in own
+    }

@@ -18,7 +18,7 @@ from ftc.graph.observe import observe
 from ftc.graph.pieces import pieces, positions, shortened
 from ftc.graph.products import products
 from ftc.graph.program import Program
-from ftc.graph.spectrum import damped_root, spectrum
+from ftc.graph.spectrum import damped_outputs, damped_root, spectrum
 from ftc.graph.target import CostTable, Point, Target, target
 from ftc.passes.base import Context, PassResult
 from ftc.passes.pace import Pace
@@ -66,6 +66,21 @@ def test_no_weight_of_the_rank_is_better_in_the_metric(out, width, drawn):
     assert best == pytest.approx(float(found.tails[rank]), abs=1e-5, rel=1e-4)
     assert best <= loss(*spectrum(weight).factors(rank)) + 1e-5
     assert best <= loss(a + 0.01 * torch.randn_like(a), b) + 1e-5
+
+
+@pytest.mark.parametrize("left", [None, torch.rand(4, dtype=torch.float64) + 1])
+def test_a_product_that_narrows_is_judged_by_its_outputs(left):
+    """As by its inputs, damped alike; and inputs of zeros are the identity there too."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(4, 7, dtype=torch.float64), torch.randn(7, 30, dtype=torch.float64)
+    for gram in (x @ x.T, torch.zeros(7, 7, dtype=torch.float64)):
+        level = float(gram.diagonal().mean())
+        outputs = damped_outputs(weight @ gram @ weight.T, level, weight, 0.1)
+        by_outputs = spectrum(weight, left, outputs=outputs)
+        by_inputs = spectrum(weight, left, damped_root(gram, 0.1))
+        torch.testing.assert_close(by_outputs.tails, by_inputs.tails)
+        (a, b), (c, d) = by_outputs.factors(2), by_inputs.factors(2)
+        torch.testing.assert_close(b @ a, d @ c, rtol=1e-5, atol=1e-5)
 
 
 def test_a_singular_gram_is_damped_and_zeros_are_the_identity():
@@ -119,6 +134,22 @@ def test_inputs_in_pieces_have_the_moments_of_the_whole(monkeypatch):
     assert set(split.gradients) == set(nodes)
     for node, gram in whole.inputs.items():
         torch.testing.assert_close(split.inputs[node], gram, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "mlp"])
+def test_moments_of_outputs_are_what_the_inputs_moments_make_of_them(name):
+    """Of outputs without their bias, run backward or not."""
+    program = canonical(name)
+    found = {product.node: product for product in products(program)}
+    given = data(program)
+    whole = moments(program, given, found, gradients=False)
+    thin = moments(program, given, found, by_outputs=found)
+    assert not thin.inputs and set(thin.outputs) == set(found)
+    for node, product in found.items():
+        weight, gram = program.tensor(product.weight).detach(), whole.inputs[product.x]
+        torch.testing.assert_close(thin.outputs[node], weight @ gram @ weight.T,
+                                   rtol=1e-3, atol=1e-5)  # fmt: skip
+        assert thin.levels[product.x] == pytest.approx(float(gram.diagonal().mean()), rel=1e-4)
 
 
 def test_pieces_hold_every_row_once():
