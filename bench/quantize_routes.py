@@ -269,6 +269,7 @@ ROUTES = {
     "OpenVINO, NNCF int4 weights": Route(openvino, {"bits": 4}),
     "ftc int8 (portable)": Route(ftc, {"passes": "int8"}),
     "ftc int8 (native)": Route(ftc, {"passes": "int8", "target": "native"}),
+    "ftc int8{activation=static}": Route(ftc, {"passes": "int8{activation=static}"}),
     "ftc int8{kernel=blocked}": Route(ftc, {"passes": "int8{kernel=blocked}"}),
     "ftc int4": Route(ftc, {"passes": "int4"}),
 }

@@ -15,7 +15,10 @@ MatMulNBits does at accuracy level 4:
     x ~ q_x m / 127
 
 and ``"tensor"`` is the step and zero point of ONNX's DynamicQuantizeLinear, one of
-each for all rows: a single outlier ruins it.
+each for all rows: a single outlier ruins it. ``"static"`` is one step for all rows too,
+which is given, and what is beyond it is clipped:
+
+    q_x = clamp(round(x / step), -128, 127)
 
 The gradient towards ``x`` is that of the
 dequantized weight (straight through the rounding); weights get none.
@@ -30,7 +33,7 @@ from torch import Tensor
 
 from .quantize import dequantize as _dequantize
 
-ACTIVATIONS = ("none", "row", "tensor", "block")
+ACTIVATIONS = ("none", "row", "tensor", "block", "static")
 _BLOCK = 1 << 17  # codes that are floats at a time: half a megabyte, which stays in the cache
 ROW_STEP = 1 / 127
 """Of the codes of a row whose largest magnitude is 1."""
@@ -93,6 +96,7 @@ def quantized_linear(
     bits: int,
     group_size: int,
     activation: str,
+    step: Tensor | None = None,
 ) -> Tensor:
     """``x W^T + b`` with a quantized ``W``.
 
@@ -100,7 +104,9 @@ def quantized_linear(
         x: float ``[..., in]``.
         data, scale, zero_point: codes of ``W`` ``[out, in]`` (see :mod:`ftc.graph.quantize`).
         bias: float ``[out]`` or None.
-        activation: ``none``, ``row``, ``tensor`` or ``block``: how ``x`` is quantized at run time.
+        activation: ``none``, ``row``, ``tensor``, ``block`` or ``static``: how ``x`` is
+            quantized at run time.
+        step: of ``static``, a float scalar above 0; None for the others.
     """
     if activation in ("none", "block") or x.numel() == 0:
         weight = _dequantize(data, scale, zero_point, bits).to(x.dtype)
@@ -108,6 +114,9 @@ def quantized_linear(
         return torch.nn.functional.linear(seen, weight, bias)
     if activation == "row":
         y = row_linear(x, row_peak(x), data, scale, zero_point, bits)
+    elif activation == "static":
+        assert step is not None, "static steps are given"
+        y = _code_product(*static_quantize(x, step), data, scale, zero_point, bits)
     else:
         y = _code_product(*dynamic_quantize(x), data, scale, zero_point, bits)
     return y if bias is None else y + bias
@@ -146,6 +155,7 @@ def _(
     bits: int,
     group_size: int,
     activation: str,
+    step: Tensor | None = None,
 ) -> Tensor:
     assert x.shape[-1] == width(data, bits), f"x {x.shape} by a weight {data.shape}"
     return x.new_empty((*x.shape[:-1], data.shape[0]))
@@ -160,6 +170,12 @@ def row_quantize(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
     """``(q, 1/127)`` with ``x ~ q peak / 127``: integers in [-127, 127] as floats."""
     step = torch.tensor(ROW_STEP, dtype=x.dtype)
     return torch.round(x * peak.reciprocal() / step), step
+
+
+def static_quantize(x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """``(q, step)`` with ``x ~ q step``: integers in [-128, 127] as floats."""
+    step = step.to(x.dtype)
+    return torch.round(x / step).clamp(-128, 127), step
 
 
 def block_round(x: Tensor, group_size: int) -> Tensor:
@@ -193,7 +209,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     into_bias = None
     if ctx.has_bias and ctx.needs_input_grad[4]:
         into_bias = grad.flatten(0, -2).sum(0)
-    return into_x, None, None, None, into_bias, None, None, None
+    return into_x, None, None, None, into_bias, None, None, None, None
 
 
 quantized_linear.register_autograd(_backward, setup_context=_save)

@@ -13,7 +13,8 @@ to more than 128, because a CPU with AVX2 but no VNNI adds pairs of products in 
 bits and saturates beyond that; every row of activations gets its own scale, because
 with one scale for all a single outlier row destroys a language model; and outlier
 channels are moved into the weights first (``smooth``), which costs nothing, or
-spread over their neighbours where that is not enough (``rotate``).
+spread over their neighbours where that is not enough (``rotate``). With static
+activations the scale is known before the model runs (:mod:`ftc.passes.static_steps`).
 
 Where few rows are multiplied at once another kernel is faster: weights in groups
 of 32, activations quantized group by group (``blocked``); and a product may be so
@@ -25,7 +26,7 @@ chosen for the target and the shapes that the user named
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -41,6 +42,7 @@ from ftc.graph.target import Kernel, Target
 from .base import Context, Effect, Pass
 from .budget import Levels, Search, drift_of, listed
 from .kernel_choice import GROUP, KernelChoice
+from .static_steps import Steps, static_steps, step_of
 
 aten, ops = torch.ops.aten, torch.ops.ftc
 
@@ -65,7 +67,8 @@ class Int8(Pass):
         select: which weights, a selector.
         activation: how a product's input is quantized at run time: ``row`` (each
             row by its own largest magnitude), ``tensor`` (one scale for all: faster,
-            and ruined by outliers), ``none`` (weights only).
+            and ruined by outliers), ``static`` (one scale for all, learned from the
+            calibration data: fastest), ``none`` (weights only).
         kernel: ``integer`` (a scale for each channel), ``blocked`` (for each 32 weights
             of one), ``float`` (left as it is), or ``auto``: the fastest for the target
             and the shapes.
@@ -83,7 +86,7 @@ class Int8(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
 
     select: str = "product | embedding"
-    activation: Literal["row", "tensor", "none"] = "row"
+    activation: Literal["row", "tensor", "static", "none"] = "row"
     kernel: Literal["auto", "integer", "blocked", "float"] = "auto"
     reduce_range: bool | Literal["auto"] = "auto"
     min_size: int = 2048
@@ -114,19 +117,23 @@ class Int8(Pass):
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Quantizes every selected weight whose readers all have a quantized form."""
         chosen, small = self._chosen(rw)
+        steps = self._steps(rw, ctx, chosen)
         levels: Levels = {}
         if self.max_drift is not None and chosen:
             before = rw.program.clone()
 
             def drift(levels: Levels) -> float:
                 return drift_of(
-                    before, ctx, self.spec, lambda trial: self._apply(trial, ctx, chosen, levels)
+                    before,
+                    ctx,
+                    self.spec,
+                    lambda trial: self._apply(trial, ctx, chosen, levels, steps),
                 )
 
             sizes = {name: rw.program.tensor(name).numel() for name in chosen}
             levels = Search(sizes, _FLOAT, drift)(self.max_drift, self.spec)
             rw.note(_levels_note(levels, self.max_drift))
-        self._apply(rw, ctx, chosen, levels)
+        self._apply(rw, ctx, chosen, levels, steps)
         if small:
             rw.note(f"left {len(small)} weights of fewer than {self.min_size} elements as they are")
 
@@ -146,7 +153,17 @@ class Int8(Pass):
                 (found if weight.numel() >= self.min_size else small).append(name)
         return found, small
 
-    def _apply(self, rw: Rewriter, ctx: Context, names: list[str], levels: Levels) -> None:
+    def _steps(self, rw: Rewriter, ctx: Context, names: list[str]) -> Steps:
+        """Steps of the inputs of products; none unless they are asked for."""
+        if self.activation != "static" or self.kernel == "float":
+            return {}
+        readers = [reader for name in names for reader in rw.get_attr(name).users]
+        products = [reader for reader in readers if reader.target is aten.linear.default]
+        return static_steps(rw.program, products, ctx, self.spec)
+
+    def _apply(
+        self, rw: Rewriter, ctx: Context, names: list[str], levels: Levels, steps: Steps
+    ) -> None:
         """Quantizes ``names``, those with a level by that and not by what is fastest."""
         errors: dict[str, float] = {}
         kernels = KernelChoice(rw.program, ctx, None if self.kernel == "auto" else self.kernel)
@@ -161,7 +178,7 @@ class Int8(Pass):
             kernel = "integer" if plain else kernels(name, weight, readers, asked)
             if kernel != "float":
                 scheme = _scheme(kernel, narrow and not plain, readers)
-                errors[name] = self._quantize(rw, name, weight, readers, scheme)
+                errors[name] = self._quantize(rw, name, weight, readers, scheme, steps)
         for note in kernels.notes():
             rw.note(note)
         if "integer" in kernels.used and not plain:
@@ -169,38 +186,40 @@ class Int8(Pass):
         self._say(rw, errors)
 
     def _quantize(
-        self, rw: Rewriter, name: str, weight: Tensor, readers: list[fx.Node], scheme: Scheme
+        self,
+        rw: Rewriter,
+        name: str,
+        weight: Tensor,
+        readers: list[fx.Node],
+        scheme: Scheme,
+        steps: Steps,
     ) -> float:
         """Replaces one weight and all its readers; returns the weight's relative error."""
         scale, zero_point = choose_qparams(weight, scheme)
         codes = quantize(weight, scale, zero_point, scheme)
         error = relative_error(weight, dequantize(codes, scale, zero_point))
         rw.remove_tensor(name)
-        data = rw.add_buffer(f"{name}.quantized", codes)
-        scales = rw.add_buffer(f"{name}.scale", scale)
+        rw.add_buffer(f"{name}.quantized", codes)
+        rw.add_buffer(f"{name}.scale", scale)
         for reader in readers:
             with rw.at(reader):
-                rw.replace(
-                    reader, self._quantized_form(rw, reader, data, scales, scheme.group_size)
-                )
+                rw.replace(reader, self._quantized_form(rw, reader, name, scheme.group_size, steps))
         return error
 
     def _quantized_form(
-        self, rw: Rewriter, reader: fx.Node, data: fx.Node, scale: fx.Node, group: int
+        self, rw: Rewriter, reader: fx.Node, name: str, group: int, steps: Steps
     ) -> fx.Node:
         how = (8, group)
+        data, scale = (rw.get_attr(f"{name}.{part}") for part in ("quantized", "scale"))
         if reader.target is aten.linear.default:
-            bias = reader.args[2] if len(reader.args) > 2 else None
-            return rw.call(
-                ops.quantized_linear.default,
-                reader.args[0],
-                data,
-                scale,
-                None,
-                bias,
-                *how,
-                "block" if group else self.activation,
-            )
+            x, bias = reader.args[0], reader.args[2] if len(reader.args) > 2 else None
+            if group:
+                seen: tuple[Any, ...] = ("block",)
+            elif self.activation == "static":
+                seen = ("static", step_of(rw, reader, steps, f"{name}.step"))
+            else:
+                seen = (self.activation,)
+            return rw.call(ops.quantized_linear.default, x, data, scale, None, bias, *how, *seen)
         if reader.target is aten.embedding.default:
             return rw.call(ops.quantized_embedding.default, data, scale, None, reader.args[1], *how)
         weight = rw.call(ops.dequantize.default, data, scale, None, *how)

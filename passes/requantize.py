@@ -93,7 +93,9 @@ def _replaced(rw: Rewriter, product: fx.Node, weight: str, scheme: Scheme) -> fx
     with rw.at(product):
         if target is ops.quantized_linear.default:
             bias, activation = argument(product, "bias"), argument(product, "activation")
-            new = rw.call(target, plain_input(product), data, scale, zero, bias, *how, activation)
+            step = argument(product, "step")
+            seen = (activation,) if step is None else (activation, step)
+            new = rw.call(target, plain_input(product), data, scale, zero, bias, *how, *seen)
         else:
             restored = rw.call(ops.dequantize.default, data, scale, zero, *how)
             new = rw.call(target, product.args[0], restored, *product.args[2:], **product.kwargs)

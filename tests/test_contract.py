@@ -51,7 +51,11 @@ SPECS = {  # beyond the defaults, which are always tested
     "prompt": ["prompt{tokens=2}"],
     "merge": ["merge{max_loss=0.1}"],
     "int4": ["int4{min_size=0,group_size=16}", "int4{min_size=0,group_size=16,symmetric=true}"],
-    "int8": ["int8{min_size=0}", "int8{activation=none,min_size=0,reduce_range=false}"],
+    "int8": [
+        "int8{min_size=0}",
+        "int8{activation=none,min_size=0,reduce_range=false}",
+        "int8{activation=static,min_size=0}",
+    ],
 }
 AGAIN_MODIFIES = {"awq", "smooth"}  # exact, and balances what it balanced before once more
 MODELS = ("mlp", "bert", "llama", "gpt2")
@@ -109,8 +113,9 @@ class Run:
 @functools.cache
 def run(spec: str, model: str) -> Run:
     """Runs one pass, after those that it needs."""
-    given = parse_pass(spec)
-    before, ctx = tiny(model), Context()
+    given, before = parse_pass(spec), tiny(model)
+    seen = [before.signature.probe(seed=5)] if "static" in spec else None
+    ctx = Context(calibration=seen)
     for needed, reason in Pipeline((given,)).plan(before):
         if reason is not None:
             before = needed(before, ctx).program

@@ -53,6 +53,11 @@ def compiled(program: Program, spec: str, **fields: Any) -> tuple[Program, list[
     return done.program, [note for record in done.records for note in record.notes]
 
 
+def seen(program: Program) -> list[dict[str, Tensor]]:
+    """Calibration data."""
+    return [program.signature.probe(seed=seed, batch=4, sequence=16) for seed in (5, 6)]
+
+
 def got(program: Program) -> dict[str, str | None]:
     return {each.weight: each.kernel for each in assigned(program, target("portable"), ())}
 
@@ -119,11 +124,11 @@ def test_a_kernel_to_be_timed_computes_a_product(kernel: Any) -> None:
     assert np.allclose(run(2 * x) - offset, 2 * (y - offset), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("activation", ["row", "tensor"])
+@pytest.mark.parametrize("activation", ["row", "tensor", "static"])
 @pytest.mark.parametrize("kernel", ["auto", "integer", "blocked", "float"])
 def test_every_kernel_is_lowered_faithfully(tied: Program, kernel: str, activation: str) -> None:
     spec = f"int8{{kernel={kernel},activation={activation},min_size=1}}"
-    program, _ = compiled(tied, spec)
+    program, _ = compiled(tied, spec, calibration=seen(tied))
     assert agree(program) < 1e-4
 
 
@@ -143,9 +148,12 @@ def test_blocks_are_closer_than_channels(tied: Program) -> None:
     assert errors["blocked"] < errors["integer"]
 
 
-@pytest.mark.parametrize("spec", ["int8{kernel=blocked,min_size=1}", "int4{min_size=1}"])
+@pytest.mark.parametrize(
+    "spec", ["int8{kernel=blocked,min_size=1}", "int8{activation=static,min_size=1}",
+             "int4{min_size=1}"],
+)  # fmt: skip
 def test_the_standard_dialect_computes_the_same(tied: Program, spec: str) -> None:
-    program, _ = compiled(tied, spec)
+    program, _ = compiled(tied, spec, calibration=seen(tied) if "static" in spec else None)
     files = [lower(program, dialect) for dialect in ("onnxruntime", "standard")]
     domains = [{node.domain for node in file.graph} for file in files]
     assert domains == [{"", "com.microsoft"}, {""}]

@@ -15,7 +15,8 @@ With one scale for all rows it is
 
 which is one kernel, whatever the instruction set; the order of the operands is the
 one that onnxruntime's fusion looks for. Everything before the integer product is
-shared by products with the same input.
+shared by products with the same input. A static step is a constant, so it is the first
+of these forms without ``m``: nothing is computed from ``x`` but its codes.
 
 A weight that is used in float is ``(Cast(codes) - z) * s``, which onnxruntime
 computes once, at load. ``DequantizeLinear`` would be computed in every run, and
@@ -84,7 +85,7 @@ def quantized_embedding(
 @lowers(ftc_ops.quantized_linear.default)
 def quantized_linear(
     e: Emitter, x: Value, data: Value, scale: Value, zero_point: Value | None,
-    bias: Value | None, bits: int, group_size: int, activation: str,
+    bias: Value | None, bits: int, group_size: int, activation: str, step: Value | None = None,
 ) -> Value:  # fmt: skip
     fused = not e.standard and has_kernel(group_size, activation)
     if fused and (bits == 4 or activation == "block"):
@@ -98,7 +99,12 @@ def quantized_linear(
         if activation == "row":
             peak = row_peak(e, x)
             x = e.op("Mul", x, e.op("Reciprocal", peak))
-        codes = _row_codes(e, x) if peak is not None else _tensor_codes(e, x)
+        if step is not None:
+            codes = _static_codes(e, x, e.cast(step, e.dtype(x)))
+        elif peak is not None:
+            codes = _static_codes(e, x, e.const(ROW_STEP, e.dtype(x)))
+        else:
+            codes = _tensor_codes(e, x)
         y = _integer_product(e, *codes, data, scale, zero_point, group_size)
     if peak is not None:
         y = e.op("Mul", y, peak)
@@ -132,9 +138,9 @@ def row_peak(e: Emitter, x: Value) -> Value:
     return e.op("Max", largest, e.const(torch.finfo(e.dtype(x)).tiny, e.dtype(x)))
 
 
-def _row_codes(e: Emitter, x: Value) -> tuple[Value, Value, Value]:
-    """Codes uint8, step and zero point of ``x`` with rows in [-1, 1]."""
-    step, zero = e.const(ROW_STEP, e.dtype(x)), e.const(128, torch.uint8)
+def _static_codes(e: Emitter, x: Value, step: Value) -> tuple[Value, Value, Value]:
+    """Codes uint8 of ``x`` by a step that is known, the step, and the zero point."""
+    zero = e.const(128, torch.uint8)
     codes = e.op("QuantizeLinear", x, step, zero, dtype=torch.uint8)
     return codes, step, zero
 
