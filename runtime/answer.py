@@ -6,7 +6,8 @@ See :mod:`ftc.runtime.predict` for how each task's outputs are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
+from ftc.graph.cached import is_cached
 from ftc.graph.errors import UsageError
 
-from .console import table
+from .console import duration, table
+from .continuation import Asked, Pace, pieces, tokens_of
+from .decoder import Decoder
 from .engine import Engine
 from .lengths import cut_texts
-from .predict import Labelled, check_text_task, classify, embed, fill_masks, generate
+from .predict import Labelled, check_text_task, classify, embed, fill_masks
 from .render import render_labels
-from .sampling import Sampling
 from .tensors import out_of_range, read_tensors
 from .text import need_tokenizer
 
@@ -41,7 +44,8 @@ class Answer:
         vectors: embeddings ``[texts, width]``, and
         pooling: how they were made.
         labelled: labels, or filled gaps, for each text.
-        continuations: generated text, for each text.
+        continuations: generated text, for each text, and
+        pace: how fast it came.
         tensors: outputs by name, for tensors.
         notes: what has to be known of the answer: texts that were cut.
     """
@@ -53,6 +57,7 @@ class Answer:
     pooling: str = ""
     labelled: tuple[tuple[Labelled, ...], ...] = ()
     continuations: tuple[str, ...] = ()
+    pace: Pace | None = None
     tensors: dict[str, Tensor] | None = None
     notes: tuple[str, ...] = ()
 
@@ -67,52 +72,87 @@ class Answer:
         if self.tensors is not None:
             return {**head, "outputs": {n: t.tolist() for n, t in self.tensors.items()}}
         if self.continuations:
-            return {**head, "continuations": list(self.continuations)}
+            pace = self.pace.to_dict() if self.pace else {}
+            return {**head, "continuations": list(self.continuations), **pace}
         found = [[{"text": each.text, "guesses": [[g.text, g.probability] for g in each.guesses]}
                   for each in group] for group in self.labelled]  # fmt: skip
         return {**head, "labels": found}
 
 
-def answer_text(
-    engine: Engine, texts: Sequence[str], *, most: int, write: Write, how: Sampling | None = None
-) -> Answer:
+def answer_text(engine: Engine, texts: Sequence[str], *, asked: Asked, write: Write) -> Answer:
     """Asks a program of a text task.
 
     Args:
         engine: what runs the program.
         texts: one or more.
-        most: new tokens of a continuation.
+        asked: how a text goes on.
         write: gets a continuation piece by piece, with the text before it.
-        how: its tokens are chosen; the likeliest by default.
 
     Raises:
         UsageError: for a program that takes no text, or a text that does not fit its task.
+        Stopped: when a continuation is interrupted.
     """
     program, task = engine.program, engine.program.signature.task
     check_text_task(program)
-    asked = tuple(texts)
+    given = tuple(texts)
     if task == "causal-lm":
-        found = tuple(_continue(engine, text, most, write, how) for text in asked)
-        return Answer(engine.label, task, asked, continuations=found)
-    notes = tuple(map(str, cut_texts(program, asked, need_tokenizer(program))))
+        return _continue(engine, given, asked, write)
+    notes = tuple(map(str, cut_texts(program, given, need_tokenizer(program))))
     if task == "feature-extraction":
-        vectors, pooling = embed(engine, asked)
-        return Answer(engine.label, task, asked, vectors, pooling, notes=notes)
+        vectors, pooling = embed(engine, given)
+        return Answer(engine.label, task, given, vectors, pooling, notes=notes)
     ask = fill_masks if task in ("masked-lm", "pretraining") else classify
-    labelled = tuple(tuple(ask(engine, text)) for text in asked)
-    return Answer(engine.label, task, asked, labelled=labelled, notes=notes)
+    labelled = tuple(tuple(ask(engine, text)) for text in given)
+    return Answer(engine.label, task, given, labelled=labelled, notes=notes)
 
 
-def _continue(engine: Engine, text: str, most: int, write: Write, how: Sampling | None) -> str:
-    """Writes the text only with the first piece: a text that is refused is not shown."""
-    pieces = generate(engine, text, most=most, how=how)
-    said = [next(pieces, "")]
-    write(text + said[0])
-    for piece in pieces:
+class Stopped(KeyboardInterrupt):
+    """Somebody had read enough: what came until then is on the screen."""
+
+
+def _continue(engine: Engine, texts: tuple[str, ...], asked: Asked, write: Write) -> Answer:
+    """Writes a text only with its first piece: one that is refused is not shown.
+
+    Several texts with a cache are one batch, and written when all have ended.
+    """
+    prompts = tokens_of(engine.program, texts)
+    pace = Pace()
+    with stoppable(write):
+        if len(texts) > 1 and is_cached(engine.program.signature):
+            said = [""] * len(texts)
+            for new in pieces(Decoder(engine), prompts, asked, pace):
+                said = [before + piece for before, piece in zip(said, new, strict=True)]
+            write("".join(f"{text}{end}\n" for text, end in zip(texts, said, strict=True)))
+        else:
+            said = [_stream(engine, text, ids, asked, pace, write)
+                    for text, ids in zip(texts, prompts, strict=True)]  # fmt: skip
+    task = engine.program.signature.task
+    return Answer(engine.label, task, texts, continuations=tuple(said), pace=pace)
+
+
+def _stream(
+    engine: Engine, text: str, ids: list[int], asked: Asked, pace: Pace, write: Write
+) -> str:
+    said: list[str] = []
+    for (piece,) in pieces(Decoder(engine), [ids], asked, pace):
+        write(piece if said else text + piece)
         said.append(piece)
-        write(piece)
     write("\n")
     return "".join(said)
+
+
+@contextmanager
+def stoppable(write: Write) -> Iterator[None]:
+    """What is interrupted within ends its line.
+
+    Raises:
+        Stopped: for a KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        write("\n")
+        raise Stopped from None
 
 
 def answer_tensors(engine: Engine, path: Path) -> Answer:
@@ -149,7 +189,16 @@ def render_answer(answer: Answer, console: Console) -> None:
         _render_tensors(answer.tensors, console)
     for note in answer.notes:
         console.print(f"[yellow]note[/]: {escape(note)}")
-    console.print(f"[dim]{escape(answer.engine)}[/]")
+    speed = f"; {describe_pace(answer.pace)}" if answer.pace and answer.pace.first else ""
+    console.print(f"[dim]{escape(answer.engine)}{speed}[/]")
+
+
+def describe_pace(pace: Pace) -> str:
+    """``first token after 120 ms, then 51.2 tokens/s``; empty where none came."""
+    if pace.first is None:
+        return ""
+    then = f", then {pace.rate:.1f} tokens/s" if pace.rate else ""
+    return f"first token after {duration(pace.first)}{then}"
 
 
 def _render_vectors(answer: Answer, vectors: Tensor, console: Console) -> None:

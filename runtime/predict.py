@@ -1,4 +1,4 @@
-"""What a program says to a text: an embedding, a filled gap, a continuation, a label.
+"""What a program says to a text: an embedding, a filled gap, a label.
 
 Which of them is asked is the program's task; how its outputs are read follows
 from their shapes, not from their names:
@@ -9,7 +9,7 @@ from their shapes, not from their names:
                             model's own pooling file says so), length 1
 ``masked-lm, pretraining``  the most likely words at every mask token
 ``causal-lm``               the next token, again and again
-                            (:mod:`ftc.runtime.generate`)
+                            (:mod:`ftc.runtime.continuation`)
 ``…-classification``        probabilities by the configuration's labels
 ==========================  ==============================================
 """
@@ -17,23 +17,19 @@ from their shapes, not from their names:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ftc.graph.cached import is_cached
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 
 from .engine import Engine
-from .generate import most_tokens, next_tokens
-from .lengths import count_tokens, cut_texts
-from .sampling import Sampling
-from .text import encode, need_tokenizer, rows
+from .lengths import cut_texts
+from .text import encode, need_tokenizer
 
 TEXT_TASKS = ("feature-extraction", "masked-lm", "pretraining", "causal-lm",
               "sequence-classification", "token-classification")  # fmt: skip
@@ -108,40 +104,6 @@ def fill_masks(engine: Engine, text: str) -> list[Labelled]:
                    for p, i in zip(best.values, best.indices.tolist(), strict=True)]  # fmt: skip
         filled.append(Labelled(f"{found.mask_token} {number}", tuple(guesses)))
     return filled
-
-
-def generate(engine: Engine, text: str, *, most: int, how: Sampling | None = None) -> Iterator[str]:
-    """Pieces of the continuation of ``text``, at most ``most`` tokens, as they come.
-
-    Ends early at the end-of-text token, or at the longest sequence of the program.
-
-    Args:
-        how: tokens are chosen; the likeliest by default.
-
-    Raises:
-        UsageError: before the first piece, for a text that leaves no room for one.
-    """
-    program = engine.program
-    found = need_tokenizer(program)
-    limit = most_tokens(program)
-    if limit is not None and (length := count_tokens(text, found)) >= limit:
-        raise UsageError(
-            f"the text has {length:,} tokens, and the program takes {limit:,}, new ones included",
-            fix=f"give a text of fewer than {limit:,} tokens",
-        )
-    if not is_cached(program.signature):
-        logits_output(program)  # refuses a program without scores of the vocabulary
-    row = rows(found, program.signature, [text])[0]
-    said: list[int] = []
-    shown = ""
-    for (token,) in islice(next_tokens(engine, [row], how or Sampling()), most):
-        if token == found.eos_token_id:
-            break
-        said.append(token)
-        whole = found.decode(said)
-        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
-            yield whole[len(shown) :]
-            shown = whole
 
 
 def classify(engine: Engine, text: str) -> list[Labelled]:

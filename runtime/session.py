@@ -81,18 +81,37 @@ class OnnxSession:
         try:
             results = self._session.run(None, feed)
         except Exception as error:
-            sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
-            raise UsageError(
-                f"onnxruntime cannot run these inputs: {_reason(error)}",
-                where=sizes,
-                fix="give sizes and indices within the model's limits",
-            ) from error
+            raise _refused(error, feed) from error
         return {
             name: torch.from_numpy(np.asarray(result))
             for name, result in zip(self.output_names, results, strict=True)
         }
 
     __call__ = run
+
+    def run_held(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """As :meth:`run`, with outputs left where they are: a later run takes them uncopied.
+
+        Args:
+            inputs: CPU tensors or arrays, or values that an earlier run gave, by input name.
+
+        Returns:
+            Values of onnxruntime by output name; ``numpy()`` copies one out.
+        """
+        from onnxruntime import OrtValue
+
+        feed = {
+            name: given
+            if isinstance(given, OrtValue)
+            else OrtValue.ortvalue_from_numpy(self._checked(name, given))
+            for name, given in inputs.items()
+        }
+        try:
+            results = self._session.run_with_ort_values(list(self.output_names), feed)
+        except Exception as error:
+            arrays = {name: value.numpy() for name, value in feed.items()}
+            raise _refused(error, arrays) from error
+        return dict(zip(self.output_names, results, strict=True))
 
     def _check_dimensions(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """One size for each named dimension, which onnxruntime does not check by itself."""
@@ -153,6 +172,14 @@ def _open(model: Any, threads: int | None) -> Any:
             where=where,
             fix="lower the program again with `ftc export`",
         ) from error
+
+
+def _refused(error: BaseException, feed: Mapping[str, np.ndarray[Any, Any]]) -> UsageError:
+    return UsageError(
+        f"onnxruntime cannot run these inputs: {_reason(error)}",
+        where=", ".join(f"{name} {list(array.shape)}" for name, array in feed.items()),
+        fix="give sizes and indices within the model's limits",
+    )
 
 
 def _reason(error: BaseException) -> str:

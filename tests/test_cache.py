@@ -18,11 +18,11 @@ from ftc.graph.program import Program
 from ftc.passes.cache import Cache
 from ftc.passes.pipeline import Pipeline
 from ftc.runtime.compile import compile_model
+from ftc.runtime.continuation import Asked, generate
 from ftc.runtime.engine import TorchEngine, open_engine
 from ftc.runtime.generate import next_tokens
 from ftc.runtime.lower import lower
 from ftc.runtime.parity import parity
-from ftc.runtime.predict import generate
 from ftc.runtime.sampling import Sampler, Sampling
 from ftc.runtime.session import OnnxSession
 from ftc.tests.families import captured
@@ -143,10 +143,10 @@ def test_compiled_to_generate(tmp_path):
     folder = decoder(tmp_path / "model")
     compile_model(folder, "", tmp_path / "out", task="generate")
     texts = [
-        "".join(generate(open_engine(str(tmp_path / "out"), engine), "the cat", most=6))
+        "".join(generate(open_engine(str(tmp_path / "out"), engine), "the cat", Asked(6)))
         for engine in ("onnx", "torch")
     ]
-    plain = "".join(generate(open_engine(str(folder)), "the cat", most=6))
+    plain = "".join(generate(open_engine(str(folder)), "the cat", Asked(6)))
     assert texts == [plain, plain]
 
 
@@ -164,7 +164,7 @@ def test_positions_end(tmp_path):
 
 def test_no_tokenizer():
     with pytest.raises(UsageError, match="without a tokenizer"):
-        next(generate(TorchEngine(replace(cached("llama"), assets=None)), "a", most=1))
+        next(generate(TorchEngine(replace(cached("llama"), assets=None)), "a"))
 
 
 def test_sampling():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +15,8 @@ from .options import command, engine_option, threads_option
 
 if TYPE_CHECKING:
     from ftc.runtime.console import Output
+    from ftc.runtime.continuation import Asked
+    from ftc.runtime.engine import Engine
 
 
 @command
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
     help="Above 1: what was said already is less likely.",
 )
 @click.option("--seed", type=int, default=0, help="The same seed draws the same tokens.")
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Ends before this text.")
+@click.option("--chat", is_flag=True, help="Converse: each text, or each line typed, is a turn.")
 @threads_option
 def run(
     output: Output,
@@ -51,21 +57,66 @@ def run(
     top_p: float,
     penalty: float,
     seed: int,
+    stops: tuple[str, ...],
+    chat: bool,
     threads: int | None,
 ) -> None:
     """Ask a compiled program: an embedding, a filled gap, a continuation, a label."""
     from ftc.runtime import answer
+    from ftc.runtime.continuation import Asked
     from ftc.runtime.engine import open_engine, set_threads
     from ftc.runtime.sampling import Sampling
 
-    if bool(texts) == (tensors is not None):
+    if (tensors is not None and (texts or chat)) or (tensors is None and not (texts or chat)):
         raise UsageError("give texts or tensors", fix='--text "..." or --input FILE.npz')
-    how = Sampling(temperature, top_k, top_p, penalty, seed)
+    asked = Asked(most, Sampling(temperature, top_k, top_p, penalty, seed), stops)
     set_threads(threads)
     output.say(f"opening {out}")
     opened = open_engine(out, engine)
     if tensors is not None:
         return output.show(answer.answer_tensors(opened, Path(tensors)), answer.render_answer)
+    if chat:
+        return _converse(output, opened, texts, asked)
     write = (lambda _: None) if output.json else output.write
-    said = answer.answer_text(opened, texts, most=most, write=write, how=how)
+    said = answer.answer_text(opened, texts, asked=asked, write=write)
     return output.show(said, answer.render_answer)
+
+
+def _converse(output: Output, engine: Engine, texts: tuple[str, ...], asked: Asked) -> None:
+    """Turns of a conversation; an interrupt ends an answer, and between answers all of it."""
+    from ftc.runtime.answer import Stopped, describe_pace, stoppable
+    from ftc.runtime.chat import Chat
+    from ftc.runtime.continuation import Pace
+
+    chat = Chat(engine, asked)
+    write = (lambda _: None) if output.json else output.write
+    output.say.stop()
+    for text in texts or _lines(write):
+        pace = Pace()
+        try:
+            with stoppable(write):
+                for piece in chat.say(text, pace):
+                    write(piece)
+        except Stopped:
+            if texts:
+                raise
+            continue
+        write(f"\n({describe_pace(pace)})\n")
+    if output.json:
+        output.data({"engine": engine.label, "messages": chat.messages})
+
+
+def _lines(write: Callable[[str], None]) -> Iterator[str]:
+    """What is typed, until the end of the input or an interrupt."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        write(prompt)
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            line = ""
+        if not line:
+            write("\n" if prompt else "")
+            return
+        if line.strip():
+            yield line.strip()

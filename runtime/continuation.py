@@ -1,0 +1,190 @@
+"""Text that goes on: pieces of it as tokens come, where it ends, and how fast it was.
+
+A piece is shown when nothing can take it back: half of a character waits for the other
+half, and what may be the beginning of a stop string waits until it is one, or is not.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from ftc.graph.cached import is_cached
+from ftc.graph.errors import UsageError
+from ftc.graph.program import Program
+
+from .decoder import Decoder
+from .engine import Engine
+from .generate import check_room, next_tokens
+from .lengths import count_tokens
+from .predict import logits_output
+from .sampling import Sampling
+from .text import need_tokenizer, rows
+
+_HALF = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How a text is to go on.
+
+    Attributes:
+        most: new tokens, at most.
+        sampling: how they are chosen.
+        stops: strings before which the text ends.
+
+    Raises:
+        UsageError: for an empty stop string.
+    """
+
+    most: int = 32
+    sampling: Sampling = field(default_factory=Sampling)
+    stops: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not all(self.stops):
+            raise UsageError("a stop string is empty", fix="leave --stop out")
+
+
+class Pace:
+    """How fast tokens came: those of all rows of a batch count."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._ticks: list[float] = []
+        self._tokens = 0
+
+    def tick(self, tokens: int) -> None:
+        """So many came now."""
+        self._ticks.append(time.perf_counter() - self._start)
+        self._tokens += tokens if len(self._ticks) > 1 else 0
+
+    @property
+    def first(self) -> float | None:
+        """Seconds until the first token."""
+        return self._ticks[0] if self._ticks else None
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second, of those after the first."""
+        return self._tokens / (self._ticks[-1] - self._ticks[0]) if self._tokens else None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain values for JSON."""
+        return {"first_token_seconds": self.first, "tokens_per_second": self.rate}
+
+
+class Saying:
+    """What is said of one text, token by token.
+
+    Args:
+        tokenizer: of transformers.
+        ends: tokens that end a text.
+        stops: strings before which it ends.
+
+    Attributes:
+        text: what can be shown so far.
+        done: whether it has ended.
+    """
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int], stops: Sequence[str]) -> None:
+        self._tokenizer, self._ends, self._stops = tokenizer, ends, tuple(stops)
+        self._ids: list[int] = []
+        self.text, self.done = "", False
+
+    def add(self, token: int) -> str:
+        """What can be shown with one token more, that could not before."""
+        if token in self._ends:
+            return self.end()
+        self._ids.append(token)
+        whole = self._tokenizer.decode(self._ids)
+        places = [place for stop in self._stops if (place := whole.find(stop)) >= 0]
+        if places:
+            self.done = True
+            return self._show(whole[: min(places)])
+        if whole.endswith(_HALF):
+            return ""
+        return self._show(whole[: len(whole) - self._waiting(whole)])
+
+    def end(self) -> str:
+        """What was waiting: nothing more comes."""
+        self.done = True
+        return self._show(self._tokenizer.decode(self._ids).rstrip(_HALF)) if self._ids else ""
+
+    def _show(self, text: str) -> str:
+        piece = text[len(self.text) :]
+        self.text += piece
+        return piece
+
+    def _waiting(self, whole: str) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        return max((n for stop in self._stops for n in range(1, len(stop))
+                    if whole.endswith(stop[:n])), default=0)  # fmt: skip
+
+
+def tokens_of(program: Program, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts that are to go on.
+
+    Raises:
+        UsageError: for one that leaves no room for another token, or has none.
+    """
+    found = need_tokenizer(program)
+    for text in texts:
+        check_room(count_tokens(text, found), Decoder.limit_of(program))
+    return rows(found, program.signature, texts)
+
+
+def pieces(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], asked: Asked, pace: Pace | None = None
+) -> Iterator[list[str]]:
+    """What is new of each text, again and again until all have ended.
+
+    Args:
+        decoder: of a program with a tokenizer.
+        prompts: the tokens of each text.
+        asked: how they go on.
+        pace: is told when tokens come.
+    """
+    program = decoder.engine.program
+    found = need_tokenizer(program)
+    if not is_cached(program.signature):
+        logits_output(program)  # refuses a program without scores of the vocabulary
+    said = [Saying(found, end_tokens(program, found), asked.stops) for _ in prompts]
+    for chosen in islice(next_tokens(decoder, prompts, asked.sampling), asked.most):
+        if pace is not None:
+            pace.tick(sum(not each.done for each in said))
+        yield ["" if each.done else each.add(token)
+               for each, token in zip(said, chosen, strict=True)]  # fmt: skip
+        if all(each.done for each in said):
+            return
+    yield ["" if each.done else each.end() for each in said]
+
+
+def generate(engine: Engine, text: str, asked: Asked = Asked()) -> Iterator[str]:
+    """Pieces of the continuation of ``text`` as they come.
+
+    Ends at an end-of-text token, before a stop string, or at the program's longest sequence.
+
+    Raises:
+        UsageError: before the first piece, for a text that leaves no room for one.
+    """
+    for (piece,) in pieces(Decoder(engine), tokens_of(engine.program, [text]), asked):
+        yield piece
+
+
+def end_tokens(program: Program, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's, and those of ``generation_config.json``."""
+    path = program.assets / "generation_config.json" if program.assets else None
+    named: Any = None
+    if path is not None and path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path} is not valid JSON: {error}", fix="correct it") from None
+        named = config.get("eos_token_id") if isinstance(config, dict) else None
+    listed = named if isinstance(named, list) else [named]
+    return frozenset(n for n in [*listed, tokenizer.eos_token_id] if isinstance(n, int))

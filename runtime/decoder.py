@@ -1,0 +1,106 @@
+"""Scores of the next token, behind texts of which most was read before.
+
+A cached program reads what is new of a text, and takes the keys and values of the rest
+from its run before. They stay where they were computed: what onnxruntime gives is handed
+back to it as it is, and never becomes an array here. So a conversation costs its new
+words only, however long it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftc.graph.cached import is_cached, pad_left, present_of, states, step_inputs, token_limit
+from ftc.graph.errors import UsageError
+from ftc.graph.program import Program
+
+from .engine import Engine, OnnxEngine
+from .text import pad
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Rows of tokens that were read, their mask, and their keys and values by names of inputs."""
+
+    rows: tuple[tuple[int, ...], ...] = ()
+    mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    past: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Decoder:
+    """Gives the scores of the next token of texts that grow.
+
+    Args:
+        engine: runs a program whose first output is scores ``[batch, sequence, vocabulary]``.
+
+    Attributes:
+        engine: the same.
+        limit: how many tokens, old and new, its program reads at most; None where no limit is.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._signature = engine.program.signature
+        self._scores = self._signature.output_names[0]
+        self._cached = is_cached(self._signature)
+        self._kept = {spec.name: present_of(spec.name) for spec in states(self._signature)}
+        self.limit = self.limit_of(engine.program)
+        self._read = _Read()
+
+    @staticmethod
+    def limit_of(program: Program) -> int | None:
+        """How many tokens, old and new, a program reads at most."""
+        signature = program.signature
+        return token_limit(signature) if is_cached(signature) else signature.limits.get("sequence")
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Scores ``[batch, vocabulary]`` of the token after each row.
+
+        Args:
+            rows: ids of each text. Where they go on from those of the call before, all by as
+                many tokens, only these are computed.
+
+        Raises:
+            UsageError: for rows of different length where there is no cache.
+        """
+        if not self._cached:
+            return self._whole(rows)
+        before = self._read if self._go_on(rows) else _Read()
+        if before.rows:
+            new = [row[len(old) :] for row, old in zip(rows, before.rows, strict=True)]
+            ids = torch.tensor(new)
+            mask = torch.cat([before.mask, torch.ones_like(ids)], 1)
+        else:
+            self._read = before  # what is kept of another text is let go before the run
+            ids, mask = pad_left([torch.tensor(row) for row in rows])
+        found = self._run(step_inputs(self._signature, ids, mask, before.past))
+        past = {name: found[present] for name, present in self._kept.items()}
+        self._read = _Read(tuple(map(tuple, rows)), mask, past)
+        scores = found[self._scores]
+        scores = scores if isinstance(scores, Tensor) else torch.from_numpy(scores.numpy())
+        return scores[:, -1]
+
+    def _go_on(self, rows: Sequence[Sequence[int]]) -> bool:
+        old = self._read.rows
+        if len(old) != len(rows) or len({len(r) - len(o) for r, o in zip(rows, old)}) != 1:  # noqa: B905
+            return False
+        pairs = zip(rows, old, strict=True)
+        return len(rows[0]) > len(old[0]) and all(tuple(r[: len(o)]) == o for r, o in pairs)
+
+    def _run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        if isinstance(self.engine, OnnxEngine):
+            held: Mapping[str, Any] = self.engine.session.run_held(inputs)
+            return held
+        return self.engine(inputs)
+
+    def _whole(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        if len({len(row) for row in rows}) > 1:
+            raise UsageError(
+                "texts of different length need a cache", fix="compile with --task generate"
+            )
+        return self.engine(pad(rows, self._signature, None))[self._scores][:, -1]
