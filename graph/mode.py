@@ -1,4 +1,4 @@
-"""Train and eval mode as a rewrite of arguments.
+"""Train and eval mode, and unrounded activations, as a rewrite of arguments.
 
 An exported graph has no ``.train()``: dropout's flag, the attention's
 ``dropout_p`` and batch norm's ``training`` are arguments of nodes. A node whose
@@ -8,10 +8,15 @@ survives saving, so both directions are exact.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+
+from . import quantized_ops as _registered  # noqa: F401
+
+if TYPE_CHECKING:
+    from .program import Program
 
 aten = torch.ops.aten
 
@@ -29,6 +34,8 @@ _FLAG = {  # operator -> position of its boolean `training` argument
 }
 _SDPA = aten.scaled_dot_product_attention.default
 _DROPOUT_P = 4
+_QUANTIZED = torch.ops.ftc.quantized_linear.default
+_ACTIVATION = 7
 
 
 def set_mode(module: fx.GraphModule, *, training: bool) -> int:
@@ -42,6 +49,20 @@ def set_mode(module: fx.GraphModule, *, training: bool) -> int:
         elif node.target is _SDPA:
             changed += _set_attention(node, training)
     return changed
+
+
+def unrounded(program: Program) -> Program:
+    """A copy whose quantized products take their inputs as they are.
+
+    What is rounded at run time makes a step of a difference in the last bit, so two ways
+    to compute the same can be compared only without.
+    """
+    copy = program.clone()
+    for node in copy.graph.nodes:
+        if node.op == "call_function" and node.target is _QUANTIZED:
+            node.update_arg(_ACTIVATION, "none")
+    copy.module.recompile()
+    return copy
 
 
 def draws_in_eval(graph: fx.Graph) -> bool:

@@ -29,6 +29,7 @@ from ftc.graph.causal import sees_ahead
 from ftc.graph.cost import operator_name
 from ftc.graph.drift import Difference
 from ftc.graph.errors import PreconditionError, PromiseError
+from ftc.graph.mode import unrounded
 from ftc.graph.prepend import Prepending
 from ftc.graph.program import Program
 from ftc.graph.provenance import describe
@@ -46,7 +47,6 @@ from .virtual_tokens import Attentions, Place
 
 aten = torch.ops.aten
 _SAME = 1e-4
-_NOISE = 0.05  # where activations are quantized in groups that hold a row's neighbours or not
 _LENGTH, _SHORTER = 9, 3  # of the rows that are run whole and in pieces
 
 
@@ -115,7 +115,7 @@ class Cache(Pass):
 
     def ensures(self, before: Program, after: Program) -> None:
         """Two rows in pieces are each of them alone and whole, to 1e-4."""
-        allowed = _NOISE if "quantized" in before.facts else _SAME
+        before, after = unrounded(before), unrounded(after)
         dim = str(before.signature.inputs[0].shape[1])
         length = min(_LENGTH, before.signature.limits.get(dim, _LENGTH))
         rows = _rows(before, length)
@@ -128,7 +128,7 @@ class Cache(Pass):
                     kept = min(found.shape[1], expected.shape[1])
                     gap = Difference()
                     gap.add(expected[:, -kept:], found[:, -kept:])
-                    if not gap.relative <= allowed:
+                    if not gap.relative <= _SAME:
                         raise PromiseError(
                             f"{self.spec}: {name} of {len(ids)} tokens in pieces differs by "
                             f"{gap.relative:.1e} from all of them at once",
