@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftc.graph.errors import UsageError
-from ftc.runtime.training.data.order import Order, generator, share
+from ftc.runtime.training.data.order import Order, generator
 from ftc.runtime.training.data.rows import read_rows
 from ftc.runtime.training.data.table import Table, cached
 from ftc.runtime.training.schedule import SCHEDULES, Schedule
@@ -37,7 +37,7 @@ def test_an_epoch_sees_every_example_once(order: Order, epoch: int, bucket: bool
 @given(orders, st.integers(1, 4))
 def test_ranks_share_each_batch(order: Order, size: int) -> None:
     step = order.steps(0)[0]
-    parts = [index for rank in range(size) for part in share(step, rank, size) for index in part]
+    parts = [index for rank in range(size) for batch in step for index in batch[rank::size]]
     assert sorted(parts) == sorted(index for batch in step for index in batch)
 
 

@@ -44,6 +44,11 @@ if TYPE_CHECKING:
 )
 @click.option("--compile", is_flag=True, default=None, help="Through torch.compile.")
 @click.option("--device", metavar="NAME", help="cpu or cuda.")
+@click.option("--mesh", metavar="MESH", help="Processes that torchrun started: dp=2,pp=2.")
+@click.option("--pipeline", metavar="NAME", help="Schedule of stages: gpipe, 1f1b, interleaved, "
+              "looped-bfs, zero-bubble or zbv.")  # fmt: skip
+@click.option("--microbatches", type=int, metavar="N", help="Of a batch, in a pipeline.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="To wait for another process.")
 @click.option("--threads", type=int, metavar="N")
 @click.option("--evaluate-every", type=int, metavar="N", help="Steps between evaluations.")
 @click.option("--save-every", type=int, metavar="N", help="Steps between checkpoints.")
@@ -59,6 +64,7 @@ if TYPE_CHECKING:
 def train(output: Output, config: str | None, resume: bool, force: bool, **options: Any) -> None:
     """Train PROGRAM on data, and save the result as OUT."""
     from ftc.runtime.training.config import TrainConfig, read_config
+    from ftc.runtime.training.engines import is_main
     from ftc.runtime.training.report import render_train
     from ftc.runtime.training.run import train as run
     from ftc.runtime.training.trainer import Interrupted
@@ -67,8 +73,11 @@ def train(output: Output, config: str | None, resume: bool, force: bool, **optio
     values.update({key: value for key, value in options.items() if value is not None})
     made = TrainConfig.of(values, config)
     try:
-        found = run(made, resume=resume, force=force, show=not output.json, say=output.say)
+        found = run(made, resume=resume, force=force, show=not output.json,
+                    say=output.say if is_main() else lambda _: None)  # fmt: skip
     except Interrupted:
-        click.echo("stopped; the same call with --resume goes on", err=True)
+        if is_main():
+            click.echo("stopped; the same call with --resume goes on", err=True)
         raise
-    output.show(found, render_train)
+    if is_main():
+        output.show(found, render_train)

@@ -68,12 +68,13 @@ def save_checkpoint(
     Args:
         path: the folder; one that is there is replaced in one step.
     """
-    weights = {name: engine.whole(name, p.detach()) for name, p in engine.parameters().items()}
-    weights.update(engine.buffers())
+    weights = engine.collect({name: p.detach() for name, p in engine.parameters().items()})
+    weights |= engine.collect(engine.buffers())
     files = {_WEIGHTS: weights, _OPTIMIZER: _optimizer_tensors(engine, optimizer),
-             _RANDOM: _random_states()}  # fmt: skip
+             _RANDOM: _random_states(engine)}  # fmt: skip
     if engine.main:
         write_folder(path.resolve(), lambda folder: _fill(folder, state, files))
+    engine.agree(False)  # it is there, for every process
 
 
 def has_checkpoint(path: Path) -> bool:
@@ -91,7 +92,7 @@ def load_checkpoint(path: Path, engine: Engine, optimizer: torch.optim.Optimizer
     state = _read_state(path)
     load_weights(path, engine)
     _load_optimizer(_read(path, _OPTIMIZER), engine, optimizer)
-    _set_random_states(_read(path, _RANDOM))
+    _set_random_states(_read(path, _RANDOM), engine.process)
     return state
 
 
@@ -103,8 +104,8 @@ def load_weights(path: Path, engine: Engine) -> None:
     """
     stored = _read(path, _WEIGHTS)
     targets = {**engine.parameters(), **engine.buffers()}
-    if stored.keys() != targets.keys():
-        odd = min(stored.keys() ^ targets.keys())
+    if odd := targets.keys() - stored.keys() or engine.names ^ stored.keys():
+        odd = min(odd)
         raise BundleError(f"{path} belongs to another program: {odd}", fix="start again: --force")
     with torch.no_grad():
         for name, target in targets.items():
@@ -152,9 +153,8 @@ def _optimizer_tensors(engine: Engine, optimizer: torch.optim.Optimizer) -> dict
     for name, parameter in engine.parameters().items():
         for key, value in optimizer.state[parameter].items():
             tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            whole = tensor.shape == parameter.shape and tensor.dim() > 0
-            found[f"{name}/{key}"] = engine.whole(name, tensor) if whole else tensor
-    return found
+            found[f"{name}/{key}"] = tensor
+    return engine.collect(found)
 
 
 def _load_optimizer(
@@ -173,16 +173,27 @@ def _load_optimizer(
             optimizer.state[parameter] = state
 
 
-def _random_states() -> dict[str, Tensor]:
-    found = {"cpu": torch.get_rng_state()}
+def _random_states(engine: Engine) -> dict[str, Tensor]:
+    """The states of the generators of each process: ``cpu``, ``1/cpu``, …"""
+    own = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        found |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return found
+        own |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    every = enumerate(engine.each(own))
+    return {f"{_mine(i)}{key}": state for i, states in every for key, state in states.items()}
 
 
-def _set_random_states(stored: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(stored["cpu"].clone())
-    if torch.cuda.is_available():
-        for name, state in stored.items():
-            if name.startswith("cuda."):
-                torch.cuda.set_rng_state(state.clone(), int(name.removeprefix("cuda.")))
+def _set_random_states(stored: Mapping[str, Tensor], process: int) -> None:
+    """Those of this process; one that was not there before begins at a place of its own."""
+    mine = _mine(process)
+    if f"{mine}cpu" not in stored:
+        digest = hashlib.sha256(stored["cpu"].numpy().tobytes() + bytes([process % 256])).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return
+    torch.set_rng_state(stored[f"{mine}cpu"].clone())
+    for i in range(torch.cuda.device_count()):
+        if (state := stored.get(f"{mine}cuda.{i}")) is not None:
+            torch.cuda.set_rng_state(state.clone(), i)
+
+
+def _mine(process: int) -> str:
+    return f"{process}/" if process else ""

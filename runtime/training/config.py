@@ -20,6 +20,8 @@ from ftc.graph.errors import UsageError, nearest
 from ftc.passes.pipeline import Pipeline
 
 from .engine import EngineOptions, Precision
+from .engines.mesh import Mesh
+from .engines.schedules import check_microbatches, kind_of
 from .objectives import Objective, parse_objective
 from .schedule import Schedule
 
@@ -55,6 +57,11 @@ class TrainConfig:
             more time.
         compile: through torch.compile.
         device: ``cpu`` or ``cuda``.
+        mesh: processes along each axis, ``dp=2,pp=2``; torchrun starts them.
+        pipeline: schedule of the stages: ``gpipe``, ``1f1b``, ``interleaved``, ``looped-bfs``,
+            ``zero-bubble``, ``zbv``.
+        microbatches: of a batch in a pipeline; by default two for each of its processes.
+        timeout: seconds to wait for another process.
         threads: of the processor.
         evaluate_every, save_every: steps; by default an epoch.
         log_every: steps between lines of ``metrics.jsonl``.
@@ -94,6 +101,10 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     compile: bool = False
     device: str = "cpu"
+    mesh: str = ""
+    pipeline: str = "1f1b"
+    microbatches: int | None = None
+    timeout: float = 600.0
     threads: int | None = None
     evaluate_every: int | None = None
     save_every: int | None = None
@@ -140,9 +151,9 @@ class TrainConfig:
         if not self.out and self.steps != 0:
             raise UsageError("out is missing", where=where, fix="-o OUT, or --steps 0 to evaluate")
         for name in ("batch", "accumulate", "log_every", "length", "limit", "save_every",
-                     "evaluate_every"):  # fmt: skip
+                     "evaluate_every", "microbatches"):  # fmt: skip
             _positive(name, getattr(self, name), where)
-        for name in ("learning_rate", "epochs", "epsilon"):
+        for name in ("learning_rate", "epochs", "epsilon", "timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name):g}", where=where,
                                  fix="more than 0")  # fmt: skip
@@ -158,6 +169,8 @@ class TrainConfig:
                              fix="name a folder")  # fmt: skip
         if self.patience and not self.eval:
             raise UsageError("patience needs data to evaluate on", where=where, fix="--eval 0.1")
+        if (mesh := self.made_mesh()).pp > 1:
+            check_microbatches(kind_of(self.pipeline), self.per_batch * self.accumulate, mesh.pp)
         self.made_objective()
         Pipeline.parse(self.passes)
         self.columns_map()
@@ -166,6 +179,16 @@ class TrainConfig:
     def made_objective(self) -> Objective:
         """The objective that the text names."""
         return parse_objective(self.objective)
+
+    def made_mesh(self) -> Mesh:
+        """Processes along each axis."""
+        return Mesh.parse(self.mesh)
+
+    @property
+    def per_batch(self) -> int:
+        """Microbatches of a batch: one without a pipeline."""
+        stages = self.made_mesh().pp
+        return 1 if stages == 1 else self.microbatches or 2 * stages
 
     def engine_options(self) -> EngineOptions:
         """How the engine computes."""

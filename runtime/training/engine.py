@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ftc.graph.errors import UsageError
-from ftc.graph.fold import fold
+from ftc.graph.fold import Folded, fold
 from ftc.graph.program import Program
 
 from .modules import in_mode, move, running_buffers, trainable
@@ -33,12 +33,16 @@ class Engine(Protocol):
 
     Attributes:
         rank, size: which of how many processes this is, among those that see different data.
+        process: number of this process among all.
         main: whether this process writes files and talks.
+        names: of all that training changes, in all processes.
     """
 
     rank: int
     size: int
+    process: int
     main: bool
+    names: frozenset[str]
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """This process's part of what learns, by the program's names."""
@@ -67,8 +71,23 @@ class Engine(Protocol):
         """The mean of each part of the loss, and the sums of the metrics, of all processes."""
         ...
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """The whole of a tensor of the shape of parameter ``name``; called by every process."""
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says so; called by every process."""
+        ...
+
+    def each(self, value: Any) -> list[Any]:
+        """What each process has, by its number; called by every process."""
+        ...
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors from those of the shapes of this process's parts.
+
+        Args:
+            tensors: by any name; every process calls, with what it has.
+
+        Returns:
+            On the main process those of all processes.
+        """
         ...
 
     def part(self, name: str, whole: Tensor) -> Tensor:
@@ -123,7 +142,7 @@ class OneProcess:
         UsageError: for checkpointing on a program without layers.
     """
 
-    rank, size, main = 0, 1, True
+    rank, size, process, main = 0, 1, 0, True
 
     def __init__(self, program: Program, objective: Objective, scene: Scene,
                  options: EngineOptions) -> None:  # fmt: skip
@@ -133,10 +152,16 @@ class OneProcess:
         move(program, self._device)
         observed = objective.observed(program)
         self._names = (*program.signature.output_names, *map(hidden_name, range(len(observed))))
-        self._training = _training_module(in_mode(program, training=True, observed=observed),
-                                          options)  # fmt: skip
+        self._training = self._prepared(in_mode(program, training=True, observed=observed),
+                                        options)  # fmt: skip
         self._evaluating = in_mode(program, training=False, observed=observed).module
         self._parameters = trainable(program)
+        self.names = frozenset((*self._parameters, *running_buffers(program)))
+
+    def _prepared(self, program: Program, options: EngineOptions) -> Any:
+        """What runs when it learns."""
+        whole = Folded(program.module, ())
+        return prepare(fold(program) if options.gradient_checkpointing else whole, options)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What learns, by name."""
@@ -169,19 +194,33 @@ class OneProcess:
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[dict[str, float], dict[str, float]]:
         """Means of the loss's parts and sums of the metrics, in eval mode."""
+        losses, counts, sums = self._sums(self._evaluating, batches)
+        return {name: losses[name] / max(counts[name], 1) for name in losses}, dict(sums)
+
+    def _sums(self, module: Any, batches: Iterable[Batch]) -> tuple[Counter[str], ...]:
+        """Sums of losses, their terms, and metrics; batches without examples are only run."""
         losses, counts, sums = Counter[str](), Counter[str](), Counter[str]()
         with torch.no_grad():
             for each in batches:
                 batch = each.to(self._device)
-                outputs, parts = self._losses(self._evaluating, batch)
-                losses.update({name: float(part) for name, part in parts.items()})
-                counts.update(batch.counts)
-                sums.update(self._objective.measure(outputs, batch, self._scene))
-        return {name: losses[name] / max(counts[name], 1) for name in losses}, dict(sums)
+                outputs, parts = self._losses(module, batch)
+                if batch.examples:
+                    losses.update({name: float(part) for name, part in parts.items()})
+                    counts.update(batch.counts)
+                    sums.update(self._objective.measure(outputs, batch, self._scene))
+        return losses, counts, sums
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """The tensor itself."""
-        return part
+    def agree(self, flag: bool) -> bool:
+        """What it says itself."""
+        return flag
+
+    def each(self, value: Any) -> list[Any]:
+        """What it has itself."""
+        return [value]
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors themselves."""
+        return dict(tensors)
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """The tensor itself."""
@@ -193,25 +232,35 @@ class OneProcess:
 
     def _losses(self, module: Any, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Outputs by name, and the summed parts of the loss."""
-        with self._precision():
+        with autocasting(self._options, self._device):
             values = module(*self._program.signature.bind(batch.inputs))
         outputs = dict(zip(self._names, values, strict=True))
         return outputs, self._objective.losses(outputs, batch, self._scene)
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self._options.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self._device.type, torch.bfloat16)
+
+def autocasting(options: EngineOptions, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which programs run at the precision of ``options``."""
+    if options.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
-def _training_module(program: Program, options: EngineOptions) -> Any:
-    module: Any = program.module
+def prepare(folded: Folded, options: EngineOptions, *, optional: bool = False) -> Any:
+    """A module as the options have it: layers computed again, compiled.
+
+    Args:
+        folded: its blocks are computed again.
+        options: what is asked for.
+        optional: do without blocks, as a stage of a cut program may.
+
+    Raises:
+        UsageError: for checkpointing on a program without layers.
+    """
+    module: Any = folded.module
     if options.gradient_checkpointing:
-        folded = fold(program)
-        if not folded.blocks:
+        if not folded.blocks and not optional:
             raise UsageError("no layers were found whose activations could be computed again",
                              fix="leave --gradient-checkpointing out")  # fmt: skip
-        module = folded.module
         for path in folded.blocks:
             _recompute(module.get_submodule(path))
     if not options.compile:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ftc.graph.bundle import save_bundle
+from ftc.graph.bundle import load_bundle, save_bundle
 from ftc.graph.cost import cost
 from ftc.graph.errors import UsageError
 from ftc.graph.printer import fingerprint
@@ -26,12 +26,15 @@ from ftc.graph.program import PassRecord, Program
 from ftc.runtime.engine import set_threads
 from ftc.runtime.memory import release
 
+from .checkpoint import has_checkpoint
 from .config import TrainConfig
 from .data.encoder import Encoder
 from .data.order import Order
 from .data.table import Examples
 from .dataset import Dataset, check_files, load_dataset
-from .engine import OneProcess
+from .engine import Engine
+from .engines import Alone, World
+from .engines.join import joined, make_engine, staged
 from .loader import Loader
 from .log import Log
 from .modules import owned, trainable
@@ -39,8 +42,8 @@ from .objectives.base import Objective, Scene
 from .picture import draw_loss
 from .progress import Bar
 from .report import TrainReport
-from .start import CONFIG, Say, captured, fresh, resumed, run_folder, same_data, teacher
-from .trainer import Options, Trainer
+from .start import CONFIG, PROGRAM, Say, captured, fresh, resumed, run_folder, same_data, teacher
+from .trainer import LAST, Options, Trainer
 
 CHECKPOINTS, LOG = "checkpoints", "metrics.jsonl"
 REPORT, PICTURE, MODEL_CONFIG = "train.json", "loss.png", "config.json"
@@ -68,24 +71,35 @@ def train(
     config.check()
     check_files(config)
     set_threads(config.threads)
-    if config.steps == 0:
-        return _Run(config, owned(captured(config, say)), say).score()
-    program, new = _begin(config, resume, force, say)
-    release()  # the weights as they came
-    run = _Run(config, program, say)
-    if resume and new:
-        run.notes.append("there was no run to go on with: this is a new one")
-    report = run.train(show)
-    say(f"saving {config.out}")
-    run.save(report)
-    shutil.rmtree(run_folder(config))
+    with joined(config) as world:
+        if config.steps == 0:
+            return _Run(config, owned(staged(captured(config, say), config)), say, world).score()
+        program, new = _begin(config, resume, force, say, world)
+        release()  # the weights as they came
+        run = _Run(config, program, say, world)
+        if resume and new:
+            run.notes.append("there was no run to go on with: this is a new one")
+        report = run.train(show and world.main)
+        say(f"saving {config.out}")
+        world.first(lambda: run.save(report))
     return report
 
 
-def _begin(config: TrainConfig, resume: bool, force: bool, say: Say) -> tuple[Program, bool]:
-    """The program to change, and whether the run is a new one."""
-    before = resumed(config) if resume else None
-    return owned(before or fresh(config, force, say)), before is None
+def _begin(
+    config: TrainConfig, resume: bool, force: bool, say: Say, world: World | Alone
+) -> tuple[Program, bool]:
+    """The program to change, and whether the run is a new one; the main process prepares it."""
+
+    def prepare() -> tuple[Program, bool]:
+        before = resumed(config) if resume else None
+        has_checkpoint(run_folder(config) / CHECKPOINTS / LAST)  # mends one half exchanged
+        return before or fresh(config, force, say), before is None
+
+    made = world.first(prepare)
+    program, new = made or (load_bundle(run_folder(config) / PROGRAM), False)
+    program = staged(program, config)
+    spread = world.mesh.pp > 1 or world.mesh.fsdp > 1
+    return (program.clone() if spread else owned(program)), new
 
 
 class _Run:
@@ -95,15 +109,20 @@ class _Run:
         config: of the run.
         program: what it changes.
         say: told what runs.
+        world: its processes.
     """
 
-    def __init__(self, config: TrainConfig, program: Program, say: Say) -> None:
-        self.config, self.say = config, say
+    def __init__(
+        self, config: TrainConfig, program: Program, say: Say, world: World | Alone
+    ) -> None:
+        self.config, self.say, self.world = config, say, world
         self.objective: Objective = config.made_objective()
         self.program = program
         scene = Scene(program, Encoder.of(program, config.length),
                       teacher=teacher(config, self.objective, say))  # fmt: skip
-        self.data: Dataset = load_dataset(config, self.objective, scene, say)
+        self.data: Dataset = world.first(lambda: load_dataset(config, self.objective, scene, say))
+        if not world.main:  # from the cache that the first one made
+            self.data = load_dataset(config, self.objective, scene, say)
         self.notes = [*self.data.notes]
         self.records: list[Any] = []
 
@@ -119,8 +138,8 @@ class _Run:
     def train(self, show: bool) -> TrainReport:
         """Every step that is left."""
         folder, config = run_folder(self.config), self.config
-        same_data(folder, self.data.fingerprint)
-        torch.manual_seed(config.seed)
+        self.world.first(lambda: same_data(folder, self.data.fingerprint))
+        torch.manual_seed(config.seed + self.world.data_rank)
         data = self._loader(self.data.training, shuffle=True)
         evaluation = self._loader(self.data.evaluation) if self.data.evaluation else None
         options = _options(config, data.order.steps_per_epoch)
@@ -129,7 +148,8 @@ class _Run:
         if trainer.resume():
             self.notes.append(f"went on after step {trainer.state.step:,}")
         board = Path(config.tensorboard) if config.tensorboard else None
-        trainer.log = Log(folder / LOG, trainer.state.step, board)
+        if self.world.main:
+            trainer.log = Log(folder / LOG, trainer.state.step, board)
         trainer.bar = Bar(show, options.steps, trainer.state.step)
         try:
             before = trainer.first_evaluation()
@@ -137,13 +157,14 @@ class _Run:
             after = trainer.evaluate() if evaluation else None
         finally:
             trainer.bar.stop()
-            trainer.log.close()
+            if trainer.log is not None:
+                trainer.log.close()
         trainer.engine.finish()
-        self.records = trainer.log.records
+        self.records = trainer.log.records if trainer.log is not None else []
         return self._report(trainer, before, after)
 
     def save(self, report: TrainReport) -> None:
-        """Writes the bundle: the trained program, its history, and what is said of the run."""
+        """Writes the bundle, with its history and what is said of the run, and ends the run."""
         folder = run_folder(self.config)
         program = _recorded(self.program, self.config, report)
         report_text = json.dumps(report.to_dict(), indent=1) + "\n"
@@ -156,10 +177,10 @@ class _Run:
         if (named := self._named_labels()) is not None:
             files[MODEL_CONFIG] = lambda path: path.write_text(named, encoding="utf-8")
         save_bundle(program, self.config.out, force=True, files=files)
+        shutil.rmtree(folder)
 
-    def _engine(self) -> OneProcess:
-        return OneProcess(self.program, self.objective, self.data.scene,
-                          self.config.engine_options())  # fmt: skip
+    def _engine(self) -> Engine:
+        return make_engine(self.program, self.objective, self.data.scene, self.config, self.world)
 
     def _loader(self, examples: Examples, *, shuffle: bool = False) -> Loader:
         """Batches of examples; evaluation puts similar lengths together where it can."""
@@ -170,7 +191,8 @@ class _Run:
         sort = config.bucket or not shuffle
         order = Order(len(examples), config.batch, config.accumulate if shuffle else 1,
                       config.seed, shuffle, lengths if sort else None)  # fmt: skip
-        return Loader(examples, order, self.objective, self.data.scene)
+        return Loader(examples, order, self.objective, self.data.scene, self.world.data_rank,
+                      self.world.data_size, config.per_batch if shuffle else 1)  # fmt: skip
 
     def _named_labels(self) -> str | None:
         """The model's configuration with the names of the classes that were learned."""

@@ -30,8 +30,9 @@ from .modules import in_mode, move
 from .objectives.base import Objective, Tensors, hidden_name
 
 PROGRAM, CONFIG, DATA = "program", "train.toml", "data.json"
-_FREE = {"out", "threads", "log_every", "tensorboard", "save_every", "trust"}
-"""Keys that may differ when a run is resumed: they do not change its weights."""
+_FREE = {"out", "threads", "log_every", "tensorboard", "save_every", "trust", "mesh", "pipeline",
+         "microbatches", "timeout"}  # fmt: skip
+"""Keys that may differ when a run is resumed: they do not change its weights, beyond rounding."""
 Say = Callable[[str], object]
 
 

@@ -115,7 +115,7 @@ class Trainer:
                     break
                 self._step(batches)
                 self._after_step()
-                if asked():
+                if self.engine.agree(asked()):
                     self.save(LAST)
                     raise Interrupted
         if self.options.patience and self.state.best_step != self.state.step:
@@ -131,8 +131,9 @@ class Trainer:
         if self.evaluation is None:
             return None
         first = self.log.records[0] if self.log and self.log.records else None
-        if first is not None and first["step"] == 0:
-            return dict(first["evaluation"])
+        known = first is not None and first["step"] == 0
+        if self.engine.agree(known):
+            return dict(first["evaluation"]) if first is not None and known else None
         found = self.evaluate()
         if self.options.metric not in found:
             raise UsageError(f"there is no metric {self.options.metric!r}",

@@ -10,7 +10,6 @@ seeded with (seed, epoch, step).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +80,3 @@ def generator(seed: int, *place: int) -> torch.Generator:
     """A generator for one place in a run, the same whenever the run comes there."""
     digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def share(batches: Sequence[Micro], rank: int, size: int) -> list[Micro]:
-    """The part of each batch that rank ``rank`` of ``size`` computes; empty parts are left out."""
-    return [part for each in batches if (part := each[rank::size])]

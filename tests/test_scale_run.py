@@ -1,0 +1,77 @@
+"""Runs of several processes: they stop, die and go on at another mesh, and end where one does."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftc.graph.bundle import load_bundle, save_bundle
+from ftc.graph.sources import capture
+
+from .processes import spread
+from .small import encoder
+from .spread import staged, still, trained
+from .training import prose
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A call of a small run that has two stages."""
+    place = tmp_path_factory.mktemp("scale")
+    program = capture(encoder(place / "model"))
+    save_bundle(staged(still(program), 2), place / "program")
+    data = prose(place / "p.txt")
+    return {
+        "program": str(place / "program"), "data": str(data), "objective": "mlm", "steps": STEPS,
+        "batch": 6, "length": 24, "learning_rate": 1e-3, "eval": "0.2", "evaluate_every": STEPS,
+        "timeout": 20.0, "save_every": 2, "microbatches": 2,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(call: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The bundle and the losses of one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    return out, spread(1, trained, {**call, "out": str(out)})[0]
+
+
+def _same(one: Path, other: Path) -> None:
+    expected = dict(load_bundle(one).tensors())
+    for name, tensor in load_bundle(other).tensors():
+        assert (tensor - expected[name]).abs().max() <= 2e-5, name
+    assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
+
+
+def test_a_run_goes_on_at_any_mesh(call: dict[str, Any], alone: Any, tmp_path: Path) -> None:
+    """Two steps each of dp, pp and fsdp, then one process: as if it had been one all the time.
+
+    Every mesh is left by the death of a process, in the step behind a checkpoint.
+    """
+    values = {**call, "out": str(tmp_path / "out")}
+    for done, mesh in ((2, "dp=2"), (4, "pp=2"), (6, "fsdp=3")):
+        count, begin = int(mesh[-1]), time.monotonic()
+        found = spread(count, trained, {**values, "mesh": mesh}, done > 2, done, dies=1)
+        assert time.monotonic() - begin < 60
+        assert all("a process of the run died" in each for each in found if each), mesh
+    found = spread(1, trained, values, True)[0]
+    expected = alone[1]
+    assert found[1] == pytest.approx(expected[1], abs=1e-5)
+    assert found[2]["loss"] == pytest.approx(expected[2]["loss"], abs=1e-5)
+    _same(alone[0], tmp_path / "out")
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_a_pipeline_writes_the_same_bundle(call: Any, alone: Any, tmp_path: Path) -> None:
+    found = spread(2, trained, {**call, "out": str(tmp_path / "out"), "mesh": "pp=2"})
+    assert found[0][2]["loss"] == pytest.approx(alone[1][2]["loss"], abs=1e-5)
+    _same(alone[0], tmp_path / "out")
+
+
+def test_another_number_of_processes_is_refused(call: Any, tmp_path: Path) -> None:
+    found = spread(1, trained, {**call, "out": str(tmp_path / "out"), "mesh": "dp=2"})
+    assert "2 processes, and 1 were started" in found[0]
