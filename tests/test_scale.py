@@ -26,15 +26,14 @@ from .tiny import custom, tiny
 
 MESHES = [
     "dp=2", "fsdp=3", "dp=2,fsdp=2", "pp=2/gpipe", "pp=4/1f1b", "pp=2/interleaved",
-    "pp=2/looped-bfs", "pp=2/zero-bubble", "pp=2/zbv", "pp=2,dp=2/1f1b", "pp=2,fsdp=2/1f1b",
+    "pp=2/looped-bfs", "pp=2,dp=2/1f1b", "pp=2,fsdp=2/1f1b",
 ]  # fmt: skip
 PROGRAMS = {
-    "bert": "", "gpt2": "", "llama": "", "t5": "", "unet": "",
+    "llama": "", "t5": "", "unet": "",
     "llama-frozen front": 'freeze{train="layer[1] & ffn"}',
-    "llama-lora": "lora{rank=4}", "llama-prefix": "prefix{tokens=2}",
     "llama-int8 base": "int8,lora{rank=4}",
 }  # fmt: skip
-ALL_PROGRAMS = {"fsdp=3", "pp=2/zero-bubble", "pp=2/zbv"}
+ALL_PROGRAMS = {"fsdp=3", "pp=2/interleaved"}
 FEW = ("llama", "unet", "llama-frozen front")
 Made = Mapping[str, tuple[Path, dict[str, float], Gradients]]
 

@@ -58,8 +58,8 @@ class TrainConfig:
         compile: through torch.compile.
         device: ``cpu`` or ``cuda``.
         mesh: processes along each axis, ``dp=2,pp=2``; torchrun starts them.
-        pipeline: schedule of the stages: ``gpipe``, ``1f1b``, ``interleaved``, ``looped-bfs``,
-            ``zero-bubble``, ``zbv``.
+        pipeline: schedule of the stages: ``gpipe``, ``1f1b``, ``interleaved`` or
+            ``looped-bfs``.
         microbatches: of a batch in a pipeline; by default two for each of its processes.
         timeout: seconds to wait for another process.
         threads: of the processor.

@@ -143,6 +143,7 @@ class OneProcess:
     """
 
     rank, size, process, main = 0, 1, 0, True
+    _narrowed = True
 
     def __init__(self, program: Program, objective: Objective, scene: Scene,
                  options: EngineOptions) -> None:  # fmt: skip
@@ -152,11 +153,14 @@ class OneProcess:
         move(program, self._device)
         observed = objective.observed(program)
         self._names = (*program.signature.output_names, *map(hidden_name, range(len(observed))))
-        self._training = self._prepared(in_mode(program, training=True, observed=observed),
-                                        options)  # fmt: skip
-        self._evaluating = in_mode(program, training=False, observed=observed).module
+        self._training = self._prepared(self._in_mode(training=True), options)
+        self._evaluating = self._in_mode(training=False).module
         self._parameters = trainable(program)
         self.names = frozenset((*self._parameters, *running_buffers(program)))
+
+    def _in_mode(self, *, training: bool) -> Program:
+        observed = self._objective.observed(self._program)
+        return in_mode(self._program, training=training, observed=observed, narrowed=self._narrowed)
 
     def _prepared(self, program: Program, options: EngineOptions) -> Any:
         """What runs when it learns."""

@@ -32,13 +32,17 @@ def owned(program: Program) -> Program:
     return clone
 
 
-def in_mode(program: Program, *, training: bool, observed: Sequence[fx.Node] = ()) -> Program:
-    """The program in one mode, on the same Parameters and buffers; rows nobody reads left out.
+def in_mode(
+    program: Program, *, training: bool, observed: Sequence[fx.Node] = (), narrowed: bool = True
+) -> Program:
+    """The program in one mode, on the same Parameters and buffers.
 
     Args:
         program: is not changed.
         training: dropout on, running statistics updated.
         observed: nodes whose values are returned behind the outputs.
+        narrowed: rows that nobody reads are left out. Not for a graph that is cut by its
+            layers: both modes must have the same ones, and each layer its own stage.
     """
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     output = graph.graph_copy(program.graph, copied)
@@ -48,7 +52,8 @@ def in_mode(program: Program, *, training: bool, observed: Sequence[fx.Node] = (
         new.meta = dict(old.meta)
     module = build_module(dict(program.tensors()), graph)
     set_mode(module, training=training)
-    return narrow(replace(program, module=module))
+    made = replace(program, module=module)
+    return narrow(made) if narrowed else made
 
 
 def trainable(program: Program) -> dict[str, nn.Parameter]:

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from ftc.graph.fold import Folded, fold
 from ftc.graph.program import Program
 from ftc.runtime.training.engine import EngineOptions, OneProcess, prepare
-from ftc.runtime.training.modules import in_mode
 from ftc.runtime.training.objectives.base import Batch, Objective, Scene
 
 from .shards import clip_shards, forget, part_of, restore, whole_of
@@ -60,6 +59,7 @@ class DataParallel(OneProcess):
     def __init__(self, program: Program, objective: Objective, scene: Scene,
                  options: EngineOptions, world: World) -> None:  # fmt: skip
         self.world = world
+        self._narrowed = world.mesh.fsdp == 1
         super().__init__(program, objective, scene, options)
         self.rank, self.size = world.data_rank, world.data_size
         self.process, self.main = world.rank, world.main
@@ -81,8 +81,7 @@ class DataParallel(OneProcess):
 
     def _shard(self) -> None:
         """Shards each layer, then what is left."""
-        observed = self._objective.observed(self._program)
-        plain = fold(in_mode(self._program, training=False, observed=observed))
+        plain = fold(self._in_mode(training=False))
         self._evaluation = Forwards(self._folded, plain)
         shard(self._folded, self.world)
         for buffer in self.buffers().values():  # written to, and mapped from a file

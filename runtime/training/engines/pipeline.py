@@ -61,8 +61,8 @@ class Pipeline:
         self._owners = owners(self._kind, world.mesh.pp)
         observed = objective.observed(program)
         self._names = (*program.signature.output_names, *map(hidden_name, range(len(observed))))
-        self._stages = self._cut(in_mode(program, training=True, observed=observed))
-        self._evaluating = self._cut(in_mode(program, training=False, observed=observed))
+        self._stages = self._cut(program, training=True)
+        self._evaluating = self._cut(program, training=False)
         self.mine = [i for i, owner in enumerate(self._owners) if owner == world.place("pp")]
         self._learns = trainable(program)
         self.names = frozenset((*self._learns, *running_buffers(program)))
@@ -77,8 +77,9 @@ class Pipeline:
         self._totals: Mapping[str, float] = {}
         self._found: dict[str, float] = {}
 
-    def _cut(self, program: Program) -> tuple[Stage, ...]:
-        stages = cut(program)
+    def _cut(self, program: Program, *, training: bool) -> tuple[Stage, ...]:
+        observed = self._objective.observed(program)
+        stages = cut(in_mode(program, training=training, observed=observed, narrowed=False))
         if len(stages) != len(self._owners):
             raise PreconditionError(
                 f"the program has {len(stages)} stages, and the schedule runs {len(self._owners)}",

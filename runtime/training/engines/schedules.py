@@ -1,7 +1,8 @@
 """Schedules of a pipeline: which stage each process has, and torch's class for each name.
 
-With ``p`` processes, ``loop`` gives process ``r`` the stages ``r, r + p, …``, and
-``v`` gives it ``r`` and ``2p - 1 - r``, so that the first has the last stage too.
+With ``p`` processes, process ``r`` has the stages ``r, r + p, …``. Schedules that split
+the backward pass (zero bubble, arXiv 2401.10241) are left out: torch's detach what a
+stage sends in place, which stages cut anywhere in a graph do not bear.
 """
 
 from __future__ import annotations
@@ -20,13 +21,11 @@ class Kind:
     Attributes:
         title: torch's name for it.
         stages: of each process.
-        v: stages are laid out there and back.
         paper: where it is from.
     """
 
     title: str
     stages: int
-    v: bool = False
     paper: str = ""
 
 
@@ -35,8 +34,6 @@ SCHEDULES = {
     "1f1b": Kind("1F1B", 1, paper="arXiv 1806.03377"),
     "interleaved": Kind("Interleaved1F1B", 2, paper="arXiv 2104.04473"),
     "looped-bfs": Kind("LoopedBFS", 2, paper="arXiv 2211.05953"),
-    "zero-bubble": Kind("InterleavedZeroBubble", 2, paper="arXiv 2401.10241"),
-    "zbv": Kind("ZBVZeroBubble", 2, v=True, paper="arXiv 2401.10241"),
 }
 
 
@@ -53,10 +50,7 @@ def kind_of(name: str) -> Kind:
 
 def owners(kind: Kind, processes: int) -> tuple[int, ...]:
     """Which process has each stage."""
-    there = list(range(processes))
-    if kind.v:
-        return (*there, *reversed(there))
-    return tuple(there * kind.stages)
+    return tuple(range(processes)) * kind.stages
 
 
 def check_microbatches(kind: Kind, microbatches: int, processes: int) -> None:

@@ -20,9 +20,8 @@ from .world import World
 class StageModule(nn.Module):
     """Takes what the stage before sent and a number of a microbatch; returns what is sent on.
 
-    Its floating outputs always require gradients: where the front of a stage learns
-    nothing, a schedule that splits the backward pass would else drop, silently,
-    the gradients of what does.
+    Its floating outputs always require gradients, as the stage that receives them
+    expects, also where the front of the model learns nothing.
 
     Args:
         stage: that it runs.
@@ -78,8 +77,7 @@ class StageModule(nn.Module):
 def _open(value: Tensor, *, sent: bool) -> Tensor:
     """A value as it is handed on, with a gradient if it can have one.
 
-    What is sent is contiguous, and a tensor that nothing else holds: schedules that
-    split the backward pass detach it in place, which views and saved tensors refuse.
+    What is sent is contiguous, and a tensor that nothing else holds.
     """
     if sent:
         value = value.clone(memory_format=torch.contiguous_format)
