@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue as queues
 import socket
+import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+_ROOT = str(Path(__file__).parents[1])
 _PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.pipelining", "ftc.graph.bundle",
             "ftc.runtime.training.engines"]  # fmt: skip
 
@@ -29,7 +33,9 @@ def spread(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    port, queue = _free_port(), context.SimpleQueue()
+    if _ROOT not in sys.path:  # which the processes get: they import functions of tests by name
+        sys.path.append(_ROOT)
+    port, queue = _free_port(), context.Queue()
     started = [
         context.Process(target=_work, args=(rank, count, port, queue, function, arguments))
         for rank in range(count)
@@ -39,7 +45,7 @@ def spread(
     found: dict[int, Any] = {}
     try:
         for _ in range(count - (dies is not None)):
-            rank, result, error = queue.get()
+            rank, result, error = _next(queue, started, dies)
             assert error is None, f"rank {rank}: {error}"
             found[rank] = result
     finally:
@@ -47,6 +53,16 @@ def spread(
             process.join(5 if len(found) >= count - (dies is not None) else 0)
             process.kill()
     return [found.get(rank) for rank in range(count)]
+
+
+def _next(queue: Any, started: list[Any], dies: int | None) -> Any:
+    """The next result; not awaited from a process that ended without one."""
+    while True:
+        ended = [i for i, each in enumerate(started) if each.exitcode and i != dies]
+        try:
+            return queue.get(timeout=1)
+        except queues.Empty:
+            assert not ended, f"ranks {ended} died"
 
 
 def _work(rank: int, count: int, port: int, queue: Any, function: Any, arguments: Any) -> None:
