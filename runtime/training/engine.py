@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ftc.graph import shapes
 from ftc.graph.errors import UsageError
 from ftc.graph.fold import Folded, fold
 from ftc.graph.program import Program
@@ -148,6 +149,8 @@ class OneProcess:
     def __init__(self, program: Program, objective: Objective, scene: Scene,
                  options: EngineOptions) -> None:  # fmt: skip
         options.check()
+        if shapes.fake_mode(program.graph) is None:  # once for both modes, of tensors on the CPU
+            shapes.propagate(program.module, program.signature)
         self._program, self._objective, self._scene = program, objective, scene
         self._options, self._device = options, torch.device(options.device)
         move(program, self._device)
