@@ -133,3 +133,18 @@ def test_a_table_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         again.columns["ids"].values, table.columns["ids"].values
     )
     assert cached(["other"], make)[1] is False
+
+
+def test_an_error_of_the_compiler_says_what_to_leave_out() -> None:
+    from torch._inductor.exc import InductorError
+
+    from ftc.runtime.training.compiled import compile_errors
+
+    def fail() -> None:
+        raise InductorError(RuntimeError("no compiler"), None)
+
+    with pytest.raises(UsageError, match="no compiler") as caught, compile_errors(True):
+        fail()
+    assert caught.value.fix is not None and "--compile" in caught.value.fix
+    with pytest.raises(InductorError), compile_errors(False):
+        fail()

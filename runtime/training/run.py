@@ -27,6 +27,7 @@ from ftc.runtime.engine import set_threads
 from ftc.runtime.memory import release
 
 from .checkpoint import has_checkpoint
+from .compiled import compile_errors
 from .config import TrainConfig
 from .data.encoder import Encoder
 from .data.order import Order
@@ -152,9 +153,10 @@ class _Run:
             trainer.log = Log(folder / LOG, trainer.state.step, board)
         trainer.bar = Bar(show, options.steps, trainer.state.step)
         try:
-            before = trainer.first_evaluation()
-            trainer.run()
-            after = trainer.evaluate() if evaluation else None
+            with compile_errors(config.compile):
+                before = trainer.first_evaluation()
+                trainer.run()
+                after = trainer.evaluate() if evaluation else None
         finally:
             trainer.bar.stop()
             if trainer.log is not None:
