@@ -45,14 +45,18 @@ class Residual:
 def residual(weight: Tensor, rounded: Tensor, rank: int, gram: Tensor | None) -> Residual | None:
     """The correction of ``rounded [out, in]`` towards ``weight``; None where it would not be thin.
 
+    A weight of other axes (a convolution's) gets none.
+
     Args:
         weight: float.
         rounded: what its codes stand for.
         rank: of the correction; 0: none.
         gram: second moments of the inputs ``[in, in]``; None: all directions alike.
     """
+    if not rank or weight.dim() != 2:
+        return None
     out, width = weight.shape
-    if not rank or 2 * rank * (out + width) >= out * width:
+    if 2 * rank * (out + width) >= out * width:
         return None
     root = None if gram is None else damped_root(gram, _DAMPING)
     error = weight.float() - rounded.float()

@@ -32,7 +32,7 @@ class Sample(Pass):
     ratio: float = 0.5
     flag: bool = False
     on: bool = True
-    select: str = "product | embedding"
+    choice: str = "product | embedding"
     mode: Literal["row", "tensor", "none"] = "row"
     rank: int | None = None
     scale: float | None = 1.0
@@ -55,14 +55,14 @@ def lookup(name: str) -> type[Pass]:
 words = st.text(max_size=20) | st.sampled_from(
     ["none", "true", "ffn|attention-head", "a b", '"', "'", "\\", "}", "{,}", "x=1", "1", ""]
 )
-finite = st.floats(allow_nan=False)
+finite = st.floats(allow_nan=False, allow_infinity=False)
 samples = st.builds(
     Sample,
     count=st.integers(min_value=0),
     ratio=finite,
     flag=st.booleans(),
     on=st.booleans(),
-    select=words,
+    choice=words,
     mode=st.sampled_from(["row", "tensor", "none"]),
     rank=st.none() | st.integers(),
     scale=st.none() | finite,
@@ -98,8 +98,8 @@ def test_only_what_differs_is_printed_in_field_order():
         ("sample{count=4,ratio=1e-3,}", Sample(count=4, ratio=1e-3)),
         ("sample{flag}", Sample(flag=True)),
         ("sample{flag on=false}", Sample(flag=True, on=False)),
-        ("sample{select=ffn|attention-head}", Sample(select="ffn|attention-head")),
-        ("sample{select='a, {b}'}", Sample(select="a, {b}")),
+        ("sample{choice=ffn|attention-head}", Sample(choice="ffn|attention-head")),
+        ("sample{choice='a, {b}'}", Sample(choice="a, {b}")),
         ('sample{label="none"}', Sample(label="none")),
         ("sample{label=none scale=none}", Sample(label=None, scale=None)),
         ("sample{mode=none}", Sample(mode="none")),
@@ -128,8 +128,8 @@ def test_forms_that_are_read(text, expected):
         ("sample{mode=rwo}", 12, "did you mean row?"),
         ("sample{count=1,count=2}", 15, "given twice"),
         ("sample{count=1", 6, "never closed"),
-        ("sample{select='a}", 14, "never closed"),
-        ("sample{select=a | b}", 16, "quotes around"),
+        ("sample{choice='a}", 14, "never closed"),
+        ("sample{choice=a | b}", 16, "quotes around"),
         ("sample{{count=1}}", 7, "an option is wanted"),
         ("sample,sample{count=-1}", 7, "count is 0 or more"),
     ],

@@ -184,7 +184,7 @@ def test_other_options_and_other_data_are_refused(folder: Path, tmp_path: Path) 
 class _Small:
     """An engine of two weights, as far as checkpoints ask."""
 
-    main = True
+    main, process = True, 0
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -201,6 +201,19 @@ class _Small:
         return part
 
     part = whole
+
+    def collect(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(tensors)
+
+    def each(self, own: Any) -> list[Any]:
+        return [own]
+
+    def agree(self, mine: bool) -> bool:
+        return mine
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.weights)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         sum((w * torch.rand_like(w)).sum() for w in self.weights.values()).backward()
