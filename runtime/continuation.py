@@ -6,7 +6,6 @@ half, and what may be the beginning of a stop string waits until it is one, or i
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from .decoder import Decoder
 from .engine import Engine
 from .generate import check_room, next_tokens
 from .lengths import count_tokens
-from .predict import logits_output
+from .predict import asset, logits_output
 from .sampling import Sampling
 from .text import need_tokenizer, rows
 
@@ -178,13 +177,7 @@ def generate(engine: Engine, text: str, asked: Asked = Asked()) -> Iterator[str]
 
 def end_tokens(program: Program, tokenizer: Any) -> frozenset[int]:
     """Tokens that end a text: the tokenizer's, and those of ``generation_config.json``."""
-    path = program.assets / "generation_config.json" if program.assets else None
-    named: Any = None
-    if path is not None and path.is_file():
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{path} is not valid JSON: {error}", fix="correct it") from None
-        named = config.get("eos_token_id") if isinstance(config, dict) else None
+    config = asset(program, "generation_config.json")
+    named: Any = config.get("eos_token_id") if isinstance(config, dict) else None
     listed = named if isinstance(named, list) else [named]
     return frozenset(n for n in [*listed, tokenizer.eos_token_id] if isinstance(n, int))

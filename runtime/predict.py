@@ -120,7 +120,7 @@ def classify(engine: Engine, text: str) -> list[Labelled]:
 
 def labels(program: Program) -> dict[int, str]:
     """``id2label`` of the model's configuration; empty where there is none, or of another head."""
-    config = _asset(program, "config.json")
+    config = asset(program, "config.json")
     named = config.get("id2label") if isinstance(config, dict) else None
     classes = {spec.shape[-1] for spec in program.signature.outputs}
     if not isinstance(named, dict) or len(named) not in classes:
@@ -164,11 +164,16 @@ def _mask(program: Program, inputs: dict[str, Tensor], states: Tensor) -> Tensor
 
 def _pools_first_token(program: Program) -> bool:
     """Whether the model's own pooling file asks for the first token instead of the mean."""
-    pooling = _asset(program, "1_Pooling/config.json")
+    pooling = asset(program, "1_Pooling/config.json")
     return isinstance(pooling, dict) and bool(pooling.get("pooling_mode_cls_token"))
 
 
-def _asset(program: Program, name: str) -> Any:
+def asset(program: Program, name: str) -> Any:
+    """What a JSON file of the model says; None where the program has no such file.
+
+    Raises:
+        UsageError: when it is no JSON.
+    """
     if program.assets is None or not (program.assets / name).is_file():
         return None
     try:

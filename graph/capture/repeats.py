@@ -83,7 +83,7 @@ class _Kind:
     Attributes:
         layers: by path, in order.
         first: the path of the one that was traced.
-        given: the leaves of its arguments: their sizes may turn out to be equal later.
+        given: its arguments, whose sizes may turn out to be equal only later.
         spec: how its results are nested.
         made: its results: ``(place,)`` among operands and then results, or what it is.
     """
