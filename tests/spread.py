@@ -14,10 +14,10 @@ from ftc.graph.bundle import load_bundle
 from ftc.graph.errors import FtcError
 from ftc.graph.program import Program
 from ftc.graph.stages import carried
+from ftc.runtime.training.config import TrainConfig
 from ftc.runtime.training.engine import EngineOptions, OneProcess
-from ftc.runtime.training.engines.data_parallel import DataParallel
+from ftc.runtime.training.engines.join import make_engine
 from ftc.runtime.training.engines.mesh import Mesh
-from ftc.runtime.training.engines.pipeline import Pipeline
 from ftc.runtime.training.engines.schedules import kind_of, owners
 from ftc.runtime.training.engines.world import World
 from ftc.runtime.training.modules import owned
@@ -109,20 +109,19 @@ def spread_gradients(
 ) -> list[Any]:
     """Of each program, ``(losses, gradients, norm, evaluation)``; gradients on the main process."""
     world = World(Mesh.parse(mesh), torch.device("cpu"), 60.0)
-    found = [_gradients(folder, world, schedule, EngineOptions(**options)) for folder in folders]
+    found = [_gradients(folder, world, schedule, options) for folder in folders]
     world.leave()
     return found
 
 
-def _gradients(folder: Path, world: World, schedule: str, options: EngineOptions) -> Any:
+def _gradients(folder: Path, world: World, schedule: str, options: dict[str, Any]) -> Any:
     program = owned(load_bundle(folder))
     scene, micro = Scene(program, None), 1  # type: ignore[arg-type]
-    engine: Any
     if world.mesh.pp > 1:
         staged(program, len(owners(kind_of(schedule), world.mesh.pp)))
-        engine, micro = Pipeline(program, Squares(), scene, options, world, schedule), 2
-    else:
-        engine = DataParallel(program, Squares(), scene, options, world)
+        micro = 2
+    config = TrainConfig(mesh=str(world.mesh), pipeline=schedule, **options)
+    engine = make_engine(program, Squares(), scene, config, world)
     mine = [share(b, engine.rank, engine.size) for b in batches(program)]
     mine = [share(b, i, micro) for b in mine for i in range(micro)]
     losses = engine.gradients(mine)

@@ -16,7 +16,7 @@ from .small import encoder
 from .spread import staged, still, trained
 from .training import prose
 
-STEPS = 8
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +45,16 @@ def _same(one: Path, other: Path) -> None:
     for name, tensor in load_bundle(other).tensors():
         assert (tensor - expected[name]).abs().max() <= 2e-5, name
     assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
+    assert (one / "graph.json").read_bytes() == (other / "graph.json").read_bytes()
 
 
 def test_a_run_goes_on_at_any_mesh(call: dict[str, Any], alone: Any, tmp_path: Path) -> None:
-    """Two steps each of dp, pp and fsdp, then one process: as if it had been one all the time.
+    """Two steps each of dp, pp, tp and fsdp, then one process: as if it had been one all the time.
 
     Every mesh is left by the death of a process, in the step behind a checkpoint.
     """
     values = {**call, "out": str(tmp_path / "out")}
-    for done, mesh in ((2, "dp=2"), (4, "pp=2"), (6, "fsdp=3")):
+    for done, mesh in ((2, "dp=2"), (4, "pp=2"), (6, "tp=2"), (8, "fsdp=3")):
         count, begin = int(mesh[-1]), time.monotonic()
         found = spread(count, trained, {**values, "mesh": mesh}, done > 2, done, dies=1)
         assert time.monotonic() - begin < 60
@@ -66,8 +67,11 @@ def test_a_run_goes_on_at_any_mesh(call: dict[str, Any], alone: Any, tmp_path: P
     assert not (tmp_path / "out.run").exists()
 
 
-def test_a_pipeline_writes_the_same_bundle(call: Any, alone: Any, tmp_path: Path) -> None:
-    found = spread(2, trained, {**call, "out": str(tmp_path / "out"), "mesh": "pp=2"})
+@pytest.mark.parametrize("mesh", ["pp=2", "tp=2"])
+def test_every_mesh_writes_the_same_bundle(
+    mesh: str, call: Any, alone: Any, tmp_path: Path
+) -> None:
+    found = spread(2, trained, {**call, "out": str(tmp_path / "out"), "mesh": mesh})
     assert found[0][2]["loss"] == pytest.approx(alone[1][2]["loss"], abs=1e-5)
     _same(alone[0], tmp_path / "out")
 

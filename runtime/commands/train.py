@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 )
 @click.option("--compile", is_flag=True, default=None, help="Through torch.compile.")
 @click.option("--device", metavar="NAME", help="cpu or cuda.")
-@click.option("--mesh", metavar="MESH", help="Processes that torchrun started: dp=2,pp=2.")
+@click.option("--mesh", metavar="MESH", help="Processes that torchrun started: dp=2,tp=2.")
 @click.option("--pipeline", metavar="NAME", help="Schedule of stages: gpipe, 1f1b, interleaved "
               "or looped-bfs.")  # fmt: skip
 @click.option("--microbatches", type=int, metavar="N", help="Of a batch, in a pipeline.")

@@ -57,7 +57,7 @@ class TrainConfig:
             more time.
         compile: through torch.compile.
         device: ``cpu`` or ``cuda``.
-        mesh: processes along each axis, ``dp=2,pp=2``; torchrun starts them.
+        mesh: processes along each axis, ``dp=2,tp=2``; torchrun starts them.
         pipeline: schedule of the stages: ``gpipe``, ``1f1b``, ``interleaved`` or
             ``looped-bfs``.
         microbatches: of a batch in a pipeline; by default two for each of its processes.

@@ -35,7 +35,7 @@ from .data.table import Examples
 from .dataset import Dataset, check_files, load_dataset
 from .engine import Engine
 from .engines import Alone, World
-from .engines.join import joined, make_engine, staged
+from .engines.join import joined, make_engine
 from .loader import Loader
 from .log import Log
 from .modules import owned, trainable
@@ -74,7 +74,7 @@ def train(
     set_threads(config.threads)
     with joined(config) as world:
         if config.steps == 0:
-            return _Run(config, owned(staged(captured(config, say), config)), say, world).score()
+            return _Run(config, owned(captured(config, say)), say, world).score()
         program, new = _begin(config, resume, force, say, world)
         release()  # the weights as they came
         run = _Run(config, program, say, world)
@@ -98,8 +98,8 @@ def _begin(
 
     made = world.first(prepare)
     program, new = made or (load_bundle(run_folder(config) / PROGRAM), False)
-    program = staged(program, config)
-    spread = world.mesh.pp > 1 or world.mesh.fsdp > 1
+    mesh = world.mesh
+    spread = mesh.pp > 1 or mesh.fsdp > 1 or mesh.tp > 1
     return (program.clone() if spread else owned(program)), new
 
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ftc.graph.fold import Folded, fold
@@ -27,7 +28,7 @@ from ftc.graph.program import Program
 from ftc.runtime.training.engine import EngineOptions, OneProcess, prepare
 from ftc.runtime.training.objectives.base import Batch, Objective, Scene
 
-from .shards import clip_shards, forget, part_of, restore, whole_of
+from .shards import forget, local, part_of, restore, scale_to, whole_of
 from .world import World
 
 
@@ -62,7 +63,7 @@ class DataParallel(OneProcess):
         self._narrowed = world.mesh.fsdp == 1
         super().__init__(program, objective, scene, options)
         self.rank, self.size = world.data_rank, world.data_size
-        self.process, self.main = world.rank, world.main
+        self.process, self.main = world.process, world.main
         self._totals: Mapping[str, float] = {}
         self._sharded = world.mesh.fsdp > 1
         if self._sharded:
@@ -129,7 +130,16 @@ class DataParallel(OneProcess):
         """Scales gradients to a norm of at most ``most``."""
         if not self._sharded:
             return super().clip(most)
-        return clip_shards(self._parameters.values(), most, [self.world.group("fsdp")])
+        gradients = list(self.counted().values())
+        return scale_to(gradients, gradients, most, self.counted_over())
+
+    def counted(self) -> dict[str, Tensor]:
+        """Its parts of gradients, by name."""
+        return {n: local(p.grad) for n, p in self._parameters.items() if p.grad is not None}
+
+    def counted_over(self) -> list[dist.ProcessGroup]:
+        """Processes that hold other parts."""
+        return [self.world.group("fsdp")] if self._sharded else []
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[dict[str, float], dict[str, float]]:
         """Means of the loss's parts and sums of the metrics of all processes, in eval mode."""

@@ -9,15 +9,11 @@ from dataclasses import replace
 
 import torch
 
-from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
-from ftc.graph.stages import annotated
-from ftc.passes.pipeline import Pipeline as Passes
 from ftc.runtime.training.config import TrainConfig
 from ftc.runtime.training.engine import Engine, OneProcess
 from ftc.runtime.training.objectives.base import Objective, Scene
 
-from .schedules import kind_of
 from .world import Alone, World
 
 
@@ -33,8 +29,6 @@ def joined(config: TrainConfig) -> Iterator[World | Alone]:
     if mesh.size == 1 and os.environ.get("WORLD_SIZE", "1") == "1":
         yield Alone()
         return
-    if mesh.tp > 1:
-        raise UsageError("tensor parallel is not built into ftc train yet", fix="--mesh dp=2,pp=2")
     world = World(mesh, _device(config), config.timeout)
     try:
         with world.watched():
@@ -50,7 +44,7 @@ def make_engine(
     """The engine of this process.
 
     Args:
-        program: what is trained; for a pipeline cut where it is annotated, else balanced.
+        program: what is trained; it stays whole, and holds the result at the end.
         objective, scene: of the run.
         config: of the run.
         world: its processes.
@@ -58,23 +52,21 @@ def make_engine(
     options = config.engine_options()
     if isinstance(world, Alone):
         return OneProcess(program, objective, scene, options)
-    options = replace(options, device=str(world.device))
-    if world.mesh.pp > 1:
-        from .pipeline import Pipeline
-
-        return Pipeline(program, objective, scene, options, world, config.pipeline)
+    from .arrange import arrange
     from .data_parallel import DataParallel
+    from .on_parts import OnParts, SpreadEngine
+    from .pipeline import Pipeline
 
-    return DataParallel(program, objective, scene, options, world)
-
-
-def staged(program: Program, config: TrainConfig) -> Program:
-    """The program with the stages that the run's schedule needs."""
-    processes = config.made_mesh().pp
-    count = processes * kind_of(config.pipeline).stages
-    if processes == 1 or len(set(annotated(program).values())) == count:
-        return program
-    return Passes.parse(f"partition{{stages={count}}}").run(program).program
+    options = replace(options, device=str(world.device))
+    if world.mesh.pp == world.mesh.tp == 1:
+        return DataParallel(program, objective, scene, options, world)
+    arranged = arrange(program, world, config.pipeline)
+    engine: SpreadEngine
+    if world.mesh.pp > 1:
+        engine = Pipeline(arranged.program, objective, scene, options, world, config.pipeline)
+    else:
+        engine = DataParallel(arranged.program, objective, scene, options, world)
+    return OnParts(program, arranged, engine, world)
 
 
 def _device(config: TrainConfig) -> torch.device:

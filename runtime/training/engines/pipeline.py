@@ -21,13 +21,13 @@ from ftc.graph.cut import Stage, cut, shared_parameters
 from ftc.graph.errors import PreconditionError
 from ftc.graph.program import Program
 from ftc.runtime.training.engine import EngineOptions, autocasting
-from ftc.runtime.training.modules import in_mode, move, running_buffers, trainable
+from ftc.runtime.training.modules import in_mode, running_buffers, trainable
 from ftc.runtime.training.objectives.base import Batch, Objective, Scene, hidden_name
 
 from .data_parallel import shown
 from .microbatch import cut_back, largest, padded, sizes_of
 from .schedules import Kind, check_microbatches, kind_of, make_schedule, owners
-from .shards import forget, local, part_of, restore, scale_to, whole_of
+from .shards import forget, local, part_of, scale_to, whole_of
 from .stage import StageModule, messages
 from .world import World, add_gradients, gather
 
@@ -56,7 +56,7 @@ class Pipeline:
         self._program, self._objective, self._scene = program, objective, scene
         self._options, self._device, self.world = options, torch.device(options.device), world
         self.rank, self.size = world.data_rank, world.data_size
-        self.process, self.main = world.rank, world.main
+        self.process, self.main = world.process, world.main
         self._kind: Kind = kind_of(schedule)
         self._owners = owners(self._kind, world.mesh.pp)
         observed = objective.observed(program)
@@ -215,13 +215,20 @@ class Pipeline:
 
     def clip(self, most: float) -> float:
         """Scales gradients to a norm of at most ``most``; what stages share counts once."""
+        every = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        return scale_to(list(self.counted().values()), every, most, self.counted_over())
+
+    def counted(self) -> dict[str, Tensor]:
+        """Its gradients by name, without those of parameters that an earlier stage has too."""
         mine = self.world.place("pp")
-        present = {n: local(p.grad) for n, p in self._parameters.items() if p.grad is not None}
-        counted = [gradient for name, gradient in present.items()
-                   if name not in self._shared
-                   or self._owners[self._shared[name][0]] == mine]  # fmt: skip
+        return {name: local(p.grad) for name, p in self._parameters.items()
+                if p.grad is not None and (name not in self._shared
+                or self._owners[self._shared[name][0]] == mine)}  # fmt: skip
+
+    def counted_over(self) -> list[dist.ProcessGroup]:
+        """Processes that hold other stages, or other parts."""
         axes = ("pp", "fsdp") if self.world.mesh.fsdp > 1 else ("pp",)
-        return scale_to(counted, list(present.values()), most, [*map(self.world.group, axes)])
+        return [self.world.group(axis) for axis in axes]
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[dict[str, float], dict[str, float]]:
         """Means of the loss's parts and sums of the metrics, in eval mode."""
@@ -282,12 +289,5 @@ class Pipeline:
         return part_of(self._parameters.get(name), whole)
 
     def finish(self) -> None:
-        """The program's own tensors hold the result, on the CPU, on the main process."""
-        if self.world.mesh.fsdp > 1:
-            restore({name: self._full[name] for name in self._held}, self._held)
-        learned = {name: self._full[name].detach() for name in self._parameters}
-        everything = self.collect({**learned, **self.buffers()})
-        if self.main:
-            for name, tensor in everything.items():
-                self._program.tensor(name).data = tensor
-        move(self._program, torch.device("cpu"))
+        """Frees what is only for training; :class:`OnParts` has gathered the result."""
+        self._schedules.clear()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -40,25 +40,18 @@ def restore(full: Mapping[str, Tensor], sharded: Mapping[str, Tensor]) -> None:
         tensor.data = whole_of(sharded[name].detach()).clone()
 
 
-def clip_shards(
-    parameters: Iterable[nn.Parameter], most: float, groups: Sequence[dist.ProcessGroup]
-) -> float:
-    """Scales gradients so that the norm over all parts is at most ``most``; returns the norm.
-
-    Args:
-        parameters: each part of each parameter in one process of the groups only.
-        most: largest norm.
-        groups: over which norms are added.
-    """
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    return scale_to(gradients, gradients, most, groups)
-
-
 def scale_to(
     counted: Sequence[Tensor], scaled: Sequence[Tensor], most: float,
     groups: Sequence[dist.ProcessGroup],
 ) -> float:  # fmt: skip
-    """Scales some gradients by the norm of others, which is summed over groups."""
+    """Scales gradients so that their norm is at most ``most``; returns the norm.
+
+    Args:
+        counted: each part of each gradient in one process of the groups only.
+        scaled: all that this process has.
+        most: largest norm.
+        groups: over which norms are added.
+    """
     squares = torch.zeros((), dtype=torch.float64)
     for gradient in counted:
         squares += gradient.detach().double().square().sum().cpu()

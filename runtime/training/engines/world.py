@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ftc.graph import placement
 from ftc.graph.errors import FtcError, UsageError, WriteError
+from ftc.graph.placement import Placement
 
 from .mesh import Mesh
 
@@ -61,6 +63,7 @@ class World:
 
     Attributes:
         rank: of this process among all.
+        process: its number where those that share a program (``tp``) count as one.
         data_rank, data_size: among those that see different rows.
         main: whether this process writes files and talks.
 
@@ -84,11 +87,12 @@ class World:
             )
             self._data = self.devices["dp", "fsdp"]._flatten("data")
         self.rank = dist.get_rank()
-        self.main = self.rank == 0
+        self.process, self.main = self.rank // mesh.tp, self.rank == 0
         self.data_rank, self.data_size = self._data.get_local_rank(), mesh.dp * mesh.fsdp
 
     def leave(self) -> None:
         """Ends the connection; without waiting for anybody."""
+        placement.place(Placement())
         dist.destroy_process_group()
 
     def group(self, axis: str) -> dist.ProcessGroup:
@@ -138,17 +142,17 @@ class World:
         return dict(zip(numbers, values.tolist(), strict=True))
 
     def merge(self, counts: Mapping[str, float]) -> Counter[str]:
-        """Sums of numbers whose keys may differ, over all processes."""
+        """Sums of numbers whose keys may differ, over all processes, a ``tp`` group as one."""
         total = Counter[str]()
         for each in self.each(dict(counts)):
             total.update(each)
-        return Counter({name: value / self.mesh.tp for name, value in total.items()})
+        return total
 
     def each(self, value: Any) -> list[Any]:
-        """What each process has, by rank."""
+        """What each process has, by number; the first of each ``tp`` group speaks for it."""
         found: list[Any] = [None] * self.mesh.size
         dist.all_gather_object(found, value)
-        return found
+        return found[:: self.mesh.tp]
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""

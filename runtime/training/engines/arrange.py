@@ -1,0 +1,128 @@
+"""A program arranged for a mesh: cut into stages, its products cut over ranks.
+
+The run's program stays as it is, so a checkpoint and the bundle at the end are
+those of one process. What a process trains is another program on the same memory:
+
+    program --tensor_parallel--> --partition--> --own parts of the tensors--> arranged
+
+A pass may store a weight the other way round (``[in, out]`` as ``[out, in]``); as
+long as that is a view of the same memory, the way back is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ftc.graph.errors import PreconditionError
+from ftc.graph.placement import Placement, place
+from ftc.graph.program import Program
+from ftc.graph.sharding import CUT, Shard, layout, shard_program
+from ftc.graph.stages import KEY, annotated
+from ftc.passes.pipeline import Pipeline as Passes
+from ftc.runtime.training.modules import running_buffers, trainable
+
+from .schedules import kind_of
+from .world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Arranged:
+    """What one process of a mesh trains.
+
+    Attributes:
+        program: with this process's parts of the tensors.
+        shards: of the tensors that are cut, by name.
+        strides: of the whole tensors that are stored in another order than in the
+            program they are from: their shape there, and their shape and strides here.
+    """
+
+    program: Program
+    shards: Mapping[str, Shard]
+    strides: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+    def stored(self, name: str, whole: Tensor) -> Tensor:
+        """A whole tensor as the run's program stores it."""
+        if name not in self.strides:
+            return whole
+        shape, size, strides = self.strides[name]
+        made = torch.empty(shape, dtype=whole.dtype, device=whole.device)
+        made.as_strided(size, strides).copy_(whole)
+        return made
+
+    def used(self, name: str, whole: Tensor) -> Tensor:
+        """A whole tensor of the run's program as this one uses it."""
+        if name not in self.strides:
+            return whole
+        _, size, strides = self.strides[name]
+        return whole.contiguous().as_strided(size, strides)
+
+
+def arrange(program: Program, world: World, schedule: str) -> Arranged:
+    """``program`` for this process of a mesh; says which rank of a ``tp`` group it is.
+
+    Args:
+        program: of the run; is not changed.
+        world: the processes.
+        schedule: of the pipeline, if there is one.
+
+    Raises:
+        PreconditionError: where the program cannot be cut over the mesh's ranks.
+    """
+    ranks = world.mesh.tp
+    place(Placement())  # passes run whole programs
+    made = program
+    if ranks > 1 and not any(CUT in record.provides for record in program.history):
+        made = Passes.parse(f"tensor_parallel{{size={ranks}}}").run(program).program
+        _join_stages(made)
+    made = staged(made, world.mesh.pp, schedule)
+    strides = _strides(program, made)
+    if ranks == 1:
+        return Arranged(made, {}, strides)
+    shards, rank = layout(made), world.place("tp")
+    own = shard_program(made, rank, ranks)
+    place(Placement(rank, ranks, world.group("tp")))
+    return Arranged(own, shards, strides)
+
+
+def staged(program: Program, processes: int, schedule: str) -> Program:
+    """The program with as many stages as a schedule needs: its own, else balanced ones."""
+    count = processes * kind_of(schedule).stages
+    if processes == 1 or len(set(annotated(program).values())) == count:
+        return program
+    return Passes.parse(f"partition{{stages={count}}}").run(program).program
+
+
+def _join_stages(program: Program) -> None:
+    """Operators between ranks go to the stage that reads them, or what they copy would cross."""
+    stages = annotated(program)
+    for node in reversed(program.graph.nodes) if stages else ():
+        readers = [stages[user] for user in node.users if user in stages]
+        ours = node.op == "call_function" and "ftc.parallel_" in str(node.target)
+        if ours and node not in stages and readers:
+            stages[node] = min(readers)
+            node.meta["custom"] = {**node.meta.get("custom", {}), KEY: stages[node]}
+
+
+def _strides(
+    before: Program, after: Program
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """How tensors are stored that ``after`` has in another order.
+
+    Raises:
+        PreconditionError: where a pass made a new tensor.
+    """
+    old, found = dict(before.tensors()), {}
+    for name in (*trainable(after), *running_buffers(after)):
+        was, tensor = old.get(name), after.tensor(name)
+        if was is None or was.data_ptr() != tensor.data_ptr() or was.numel() != tensor.numel():
+            raise PreconditionError(
+                f"{name} is stored anew to be cut over ranks",
+                fix="--passes canonicalize stores it so from the start",
+            )
+        if was.shape != tensor.shape or was.stride() != tensor.stride():
+            found[name] = (tuple(was.shape), tuple(tensor.shape), tensor.stride())
+    return found
