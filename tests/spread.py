@@ -105,7 +105,7 @@ def staged(program: Program, count: int) -> Program:
 
 
 def spread_gradients(
-    folders: list[Path], mesh: str, schedule: str = "1f1b", **options: Any
+    folders: list[Path], mesh: str, schedule: str, options: Mapping[str, Any]
 ) -> list[Any]:
     """Of each program, ``(losses, gradients, norm, evaluation)``; gradients on the main process."""
     world = World(Mesh.parse(mesh), torch.device("cpu"), 60.0)
@@ -114,7 +114,7 @@ def spread_gradients(
     return found
 
 
-def _gradients(folder: Path, world: World, schedule: str, options: dict[str, Any]) -> Any:
+def _gradients(folder: Path, world: World, schedule: str, options: Mapping[str, Any]) -> Any:
     program = owned(load_bundle(folder))
     scene, micro = Scene(program, None), 1  # type: ignore[arg-type]
     if world.mesh.pp > 1:

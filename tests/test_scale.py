@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from ftc.graph.bundle import save_bundle
 from ftc.graph.errors import UsageError
 from ftc.passes.pipeline import Pipeline
 from ftc.runtime.training.engines import Mesh
+from ftc.runtime.training.engines.deferred import Deferred
 from ftc.runtime.training.engines.schedules import (
     SCHEDULES,
     check_microbatches,
+    check_options,
     kind_of,
     owners,
 )
@@ -26,7 +29,8 @@ from .tiny import custom, tiny
 
 MESHES = [
     "dp=2", "fsdp=3", "dp=2,fsdp=2", "pp=2/gpipe", "pp=4/1f1b", "pp=2/interleaved",
-    "pp=2/looped-bfs", "pp=2,dp=2/1f1b", "pp=2,fsdp=2/1f1b",
+    "pp=2/looped-bfs", "pp=2/zero-bubble", "pp=4/zbv", "pp=2/dualpipev",
+    "pp=2,dp=2/1f1b", "pp=2,fsdp=2/1f1b",
     "tp=2", "tp=2,dp=2", "tp=2,fsdp=2", "tp=2,pp=2/1f1b",
 ]  # fmt: skip
 PROGRAMS = {
@@ -78,11 +82,37 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def test_gradients_are_those_of_one_process(case: str, programs: Made) -> None:
     mesh, _, schedule = case.partition("/")
     chosen = PROGRAMS if case in ALL_PROGRAMS else FEW
-    programs = {n: programs[n] for n in chosen if n != "unet" or "tp" not in mesh}
+    _compare({n: programs[n] for n in chosen if n != "unet" or "tp" not in mesh}, mesh, schedule)
+
+
+@pytest.mark.parametrize("case", ["tp=2", "fsdp=2", "pp=2/zero-bubble"])
+def test_layers_may_be_computed_again(case: str, programs: Made) -> None:
+    mesh, _, schedule = case.partition("/")
+    _compare({"llama": programs["llama"]}, mesh, schedule, gradient_checkpointing=True)
+
+
+def _compare(programs: Made, mesh: str, schedule: str, **options: bool) -> None:
     folders = [folder for folder, _, _ in programs.values()]
-    results = spread(Mesh.parse(mesh).size, spread_gradients, folders, mesh, schedule or "1f1b")
+    count, schedule = Mesh.parse(mesh).size, schedule or "1f1b"
+    results = spread(count, spread_gradients, folders, mesh, schedule, options)
     for i, (name, (_, losses, gradients)) in enumerate(programs.items()):
         _check(name, [result[i] for result in results], losses, gradients)
+
+
+def test_gradients_of_weights_wait() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    module = custom(model, input=torch.randn(2, 4)).module
+    deferred, x = Deferred(), torch.randn(3, 4, requires_grad=True)
+    expected = torch.autograd.grad(module(x)[0].square().sum(), [x, *module.parameters()])
+    deferred.defer(module)
+    for _ in range(2):
+        module(x)[0].square().sum().backward()
+    names = [name for name, _ in module.named_parameters()]
+    waits = [p.grad is None for p in module.parameters()]
+    assert waits == [name.endswith("weight") for name in names]
+    deferred.take()()
+    for found, wanted in zip([x, *module.parameters()], expected, strict=True):
+        torch.testing.assert_close(found.grad, 2 * wanted)
 
 
 def _check(name: str, results: list, losses: dict[str, float], expected: Gradients) -> None:
@@ -115,6 +145,10 @@ def test_every_stage_has_one_process(name: str) -> None:
     where = owners(kind, 3)
     assert sorted(where) == sorted(list(range(3)) * kind.stages)
     check_microbatches(kind, 6, 3)
-    if name not in ("gpipe", "looped-bfs"):
+    if kind.least:
         with pytest.raises(UsageError, match="microbatches"):
             check_microbatches(kind, 2, 3)
+    check_options(kind, sharded=False, compiled=False)
+    for more in ({"sharded": True, "compiled": False}, {"sharded": False, "compiled": True}):
+        with pytest.raises(UsageError, match="does not go") if kind.splits else nullcontext():
+            check_options(kind, **more)

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 @click.option("--compile", is_flag=True, default=None, help="Through torch.compile.")
 @click.option("--device", metavar="NAME", help="cpu or cuda.")
 @click.option("--mesh", metavar="MESH", help="Processes that torchrun started: dp=2,tp=2.")
-@click.option("--pipeline", metavar="NAME", help="Schedule of stages: gpipe, 1f1b, interleaved "
-              "or looped-bfs.")  # fmt: skip
+@click.option("--pipeline", metavar="NAME", help="Schedule of stages: gpipe, 1f1b, interleaved, "
+              "looped-bfs, zero-bubble, zbv or dualpipev.")  # fmt: skip
 @click.option("--microbatches", type=int, metavar="N", help="Of a batch, in a pipeline.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="To wait for another process.")
 @click.option("--threads", type=int, metavar="N")

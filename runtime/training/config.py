@@ -21,7 +21,7 @@ from ftc.passes.pipeline import Pipeline
 
 from .engine import EngineOptions, Precision
 from .engines.mesh import Mesh
-from .engines.schedules import check_microbatches, kind_of
+from .engines.schedules import check_microbatches, check_options, kind_of
 from .objectives import Objective, parse_objective
 from .schedule import Schedule
 
@@ -58,8 +58,8 @@ class TrainConfig:
         compile: through torch.compile.
         device: ``cpu`` or ``cuda``.
         mesh: processes along each axis, ``dp=2,tp=2``; torchrun starts them.
-        pipeline: schedule of the stages: ``gpipe``, ``1f1b``, ``interleaved`` or
-            ``looped-bfs``.
+        pipeline: schedule of the stages: ``gpipe``, ``1f1b``, ``interleaved``,
+            ``looped-bfs``, ``zero-bubble``, ``zbv`` or ``dualpipev``.
         microbatches: of a batch in a pipeline; by default two for each of its processes.
         timeout: seconds to wait for another process.
         threads: of the processor.
@@ -170,7 +170,9 @@ class TrainConfig:
         if self.patience and not self.eval:
             raise UsageError("patience needs data to evaluate on", where=where, fix="--eval 0.1")
         if (mesh := self.made_mesh()).pp > 1:
-            check_microbatches(kind_of(self.pipeline), self.per_batch * self.accumulate, mesh.pp)
+            kind = kind_of(self.pipeline)
+            check_microbatches(kind, self.per_batch * self.accumulate, mesh.pp)
+            check_options(kind, sharded=mesh.fsdp > 1, compiled=self.compile)
         self.made_objective()
         Pipeline.parse(self.passes)
         self.columns_map()

@@ -92,8 +92,8 @@ class Pipeline:
         for name, tensor in self._full.items():
             own = tensor.detach().clone() if name in self.names else tensor.data
             tensor.data = own.to(self._device)
-        self._modules = {i: StageModule(self._stages[i], self._options, self.world)
-                         for i in self.mine}  # fmt: skip
+        self._modules = {i: StageModule(self._stages[i], self._options, self.world,
+                                        splits=self._kind.splits) for i in self.mine}  # fmt: skip
         self._held: dict[str, nn.Parameter] = {}
         for module in self._modules.values():
             object.__setattr__(module, "autocast", self._autocast)
@@ -158,9 +158,11 @@ class Pipeline:
 
     def _pipeline_stage(self, index: int, outputs: Sequence[tuple[Tensor, ...]]) -> PipelineStage:
         before = outputs[index - 1][: len(self._stages[index].received)] if index else ()
+        deferred = self._modules[index].deferred
         return PipelineStage(
             self._modules[index], index, len(self._stages), self._device, input_args=before,
             output_args=outputs[index], group=self.world.group("pp"),
+            dw_builder=deferred and deferred.take,
         )  # fmt: skip
 
     def _loss(self, values: tuple[Tensor, ...], index: Tensor) -> Tensor:

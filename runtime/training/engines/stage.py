@@ -14,6 +14,7 @@ from ftc.graph.fold import Folded, fold
 from ftc.runtime.training.engine import EngineOptions, prepare
 
 from .data_parallel import Forwards, shard
+from .deferred import Deferred
 from .world import World
 
 
@@ -27,12 +28,16 @@ class StageModule(nn.Module):
         stage: that it runs.
         options: how to compute.
         world: shards its weights where the mesh says so.
+        splits: gradients of weights wait.
 
     Attributes:
         feed: the program's inputs of each microbatch, by name; set before a step.
+        deferred: gradients of weights that wait; None where they do not.
     """
 
-    def __init__(self, stage: Stage, options: EngineOptions, world: World) -> None:
+    def __init__(
+        self, stage: Stage, options: EngineOptions, world: World, *, splits: bool = False
+    ) -> None:
         super().__init__()
         self.stage = stage
         self.sharded = sharded = world.mesh.fsdp > 1
@@ -40,6 +45,9 @@ class StageModule(nn.Module):
         folded = fold(stage.program) if folds else Folded(stage.module, ())
         self.folded, self.module = folded, folded.module
         self.runs: Any = None
+        self.deferred = Deferred() if splits else None
+        if self.deferred is not None:
+            self.deferred.defer(folded.module)
         runs = prepare(folded, options, optional=True)
         if sharded:
             shard(folded, world, self)
