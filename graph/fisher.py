@@ -36,13 +36,13 @@ from torch.nn.functional import linear
 
 from .drift import valid_rows
 from .observe import observe
-from .pieces import Inputs, dynamic_sizes, pieces, positions, shortened
+from .pieces import Inputs, dynamic_sizes, pieces, positions, windows
 from .program import Program
 
 _STATES = ("feature-extraction", "module")  # tasks whose outputs are not scores
 _RANDOM_RUNS = 4
 _DRAWN_AT_ONCE = 16  # rows of scores
-_AT_ONCE = 96  # tokens of a run: its activations and scores are all that is kept
+_AT_ONCE = 48  # tokens of a run: its activations and scores are all that is kept
 _BACKWARD = 4096  # tokens that are run backward
 
 
@@ -116,23 +116,22 @@ class _Part:
 def _parts(
     program: Program, inputs: Sequence[Inputs], share: float, gradients: bool
 ) -> list[_Part]:
-    """Runs that weigh ``share`` together; evenly spread ones of them also run backward."""
+    """Runs that weigh ``share`` together; evenly spread windows of them run backward."""
     signature = program.signature
     split = pieces(signature, inputs, _AT_ONCE)
-    short = [shortened(signature, given, _AT_ONCE) for given in split]
-    sizes, left = ([positions(signature, given) for given in each] for each in (split, short))
-    step = math.ceil(sum(left) / _BACKWARD) if gradients else len(split) + 1
-    back = [gradients and index % step == 0 for index in range(len(split))]
-    learned = sum(size for size, its in zip(left, back, strict=True) if its)
-    made = []
-    for given, part, size, rest, its in zip(split, short, sizes, left, back, strict=True):
-        forward = share * size / sum(sizes)
-        backward = share * rest / learned if its else 0.0
-        if its and rest < size:  # the whole of it, then its beginning backward
-            made += [_Part(given, forward, 0.0), _Part(part, 0.0, backward)]
-        else:
-            made.append(_Part(given, forward, backward))
-    return made
+    cut = [window for given in split for window in windows(signature, given, _AT_ONCE)]
+    step = math.ceil(sum(positions(signature, window) for window in cut) / _BACKWARD)
+    back = cut[::step] if gradients else []
+    size, learned = (sum(positions(signature, given) for given in runs) for runs in (split, back))
+    whole = {id(given) for given in split}
+    both = whole & {id(given) for given in back}
+
+    def part(given: Inputs, forward: bool, backward: bool) -> _Part:
+        own = share * positions(signature, given)
+        return _Part(given, own / size * forward, own / learned if backward else 0.0)
+
+    made = [part(given, True, id(given) in both) for given in split]
+    return made + [part(given, False, True) for given in back if id(given) not in both]
 
 
 def _random_like(program: Program, given: Inputs, seed: int) -> dict[str, Tensor]:

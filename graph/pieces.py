@@ -48,11 +48,29 @@ def pieces(signature: Signature, inputs: Sequence[Inputs], most: int) -> list[In
     return made
 
 
-def shortened(signature: Signature, given: Inputs, longest: int) -> Inputs:
-    """``given`` without the tokens behind the first ``longest`` of each row."""
+def windows(signature: Signature, given: Inputs, longest: int) -> list[Inputs]:
+    """``given`` cut along its sequence into windows of at most ``longest`` tokens.
+
+    It is the only one where it is short enough. A later window that shows nothing of
+    some row, by its mask, is left out.
+    """
+    length = dynamic_sizes(signature, given).get("sequence", 0)
+    if length <= longest:
+        return [given]
+    made = [_window(signature, given, at, longest) for at in range(0, length, longest)]
+    return made[:1] + [each for each in made[1:] if _shows(signature, each)]
+
+
+def _window(signature: Signature, given: Inputs, start: int, longest: int) -> Inputs:
     made = dict(given)
     for spec in signature.inputs:
         for axis, dim in enumerate(spec.shape):
-            if dim == "sequence" and made[spec.name].shape[axis] > longest:
-                made[spec.name] = made[spec.name].narrow(axis, 0, longest)
+            if dim == "sequence":
+                size = made[spec.name].shape[axis]
+                made[spec.name] = made[spec.name].narrow(axis, start, min(longest, size - start))
     return made
+
+
+def _shows(signature: Signature, given: Inputs) -> bool:
+    masks = (given[spec.name] for spec in signature.inputs if spec.role == "mask")
+    return all(bool(mask.flatten(1).any(1).all()) for mask in masks)

@@ -152,6 +152,9 @@ class LowRank(Pass):
         else:
             ranks = {p.weight: r for p, w in able
                      if (r := self._own_rank(measure, p, w, limits))}  # fmt: skip
+        for product, _ in able:
+            if product.weight not in ranks:
+                measure.forget(product)
         before = rw.modified
         saved = sum(factor(rw, p, measure(p, w), ranks[p.weight]) for p, w in able
                     if p.weight in ranks)  # fmt: skip

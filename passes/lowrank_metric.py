@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
@@ -48,6 +48,7 @@ class Measure:
         share = _RANDOM_SHARE if self._method == "fisher" and ctx.calibration else 0.0
         nodes = {product.node for product, _ in able}
         self._inputs = {p.weight: p.x for p, _ in able}  # as the data ran: rewrites change them
+        self._readers = Counter(self._inputs.values())
         narrow = set() if self._method == "diagonal" else _narrowing(able)
         self._moments = moments(rw.program, data, nodes, by_outputs=narrow,
                                 gradients=self._method == "fisher",
@@ -63,9 +64,7 @@ class Measure:
         """The spectrum with its vectors; of each product once, unless they are kept."""
         if self._known is None:
             found = self._spectrum(product, weight)
-            if self._method != "plain":
-                self._moments.outputs.pop(product.node, None)
-                self._moments.gradients.pop(product.node, None)
+            self.forget(product)
             return found
         if product.weight not in self._known:
             self._known[product.weight] = self._spectrum(product, weight)
@@ -74,6 +73,17 @@ class Measure:
     def values(self, product: Product, weight: Tensor) -> Spectrum:
         """The spectrum without."""
         return self._spectrum(product, weight, values_only=True)
+
+    def forget(self, product: Product) -> None:
+        """Frees the moments that no other product still needs."""
+        if self._method == "plain":
+            return
+        source = self._inputs[product.weight]
+        self._moments.outputs.pop(product.node, None)
+        self._moments.gradients.pop(product.node, None)
+        self._readers[source] -= 1
+        if not self._readers[source]:
+            self._moments.inputs.pop(source, None)
 
     def _spectrum(self, product: Product, weight: Tensor, *, values_only: bool = False) -> Spectrum:
         if self._method == "plain":

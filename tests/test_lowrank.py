@@ -15,7 +15,7 @@ from ftc.graph.drift import measure_drift
 from ftc.graph.errors import BudgetError, PreconditionError, UsageError
 from ftc.graph.fisher import moments
 from ftc.graph.observe import observe
-from ftc.graph.pieces import pieces, positions, shortened
+from ftc.graph.pieces import pieces, positions, windows
 from ftc.graph.products import products
 from ftc.graph.program import Program
 from ftc.graph.spectrum import damped_outputs, damped_root, spectrum
@@ -159,8 +159,18 @@ def test_pieces_hold_every_row_once():
     assert [len(part["input_ids"]) for part in parts] == [2, 2, 2, 1] * 2
     assert torch.equal(torch.cat([p["input_ids"] for p in parts[:4]]), given["input_ids"])
     assert positions(signature, given) == 35
-    assert {t.shape[1] for t in shortened(signature, given, 3).values()} == {3}
     assert len(pieces(signature, [given], 1)) == 7  # one row at least
+
+
+def test_windows_hold_every_token_once_but_none_that_a_mask_hides():
+    signature = tiny("bert").signature
+    given = {**signature.probe(seed=1, batch=2, sequence=8)}
+    given["attention_mask"] = torch.ones(2, 8, dtype=torch.int64)
+    assert windows(signature, given, 8)[0] is given
+    cut = windows(signature, given, 3)
+    assert torch.equal(torch.cat([w["input_ids"] for w in cut], 1), given["input_ids"])
+    given["attention_mask"][1, 5:] = 0
+    assert [w["input_ids"].shape[1] for w in windows(signature, given, 3)] == [3, 3]
 
 
 def test_nothing_is_computed_behind_the_last_watched_node():
