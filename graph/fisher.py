@@ -25,6 +25,7 @@ product that narrows to a third, a ninth of the memory and of the work.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,13 +33,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.functional import linear
 
 from .drift import valid_rows
+from .matrices import input_level, input_rows, is_gather, output_rows, source
 from .observe import observe
 from .pieces import Inputs, dynamic_sizes, pieces, positions, windows
 from .program import Program
 
+_Add = Callable[[float, Tensor], None]
 _STATES = ("feature-extraction", "module")  # tasks whose outputs are not scores
 _RANDOM_RUNS = 4
 _DRAWN_AT_ONCE = 16  # rows of scores
@@ -51,19 +53,22 @@ class Moments:
     """Second moments of each product.
 
     Attributes:
-        inputs: ``G`` by the node that makes the products' input, float32 ``[in, in]``.
+        inputs: ``G`` by :func:`ftc.graph.matrices.source`, float32 ``[in, in]``.
         outputs: ``W G W^T`` by the product's node, float32 ``[out, out]``, where it was
             asked for in place of ``G``.
-        levels: mean of the diagonal of ``G`` by that node, where ``outputs`` were asked for.
+        levels: mean of the diagonal of ``G`` by that key, where ``outputs`` were asked for.
+        shares: of each row of a table that is looked up, by the gather's node, float32
+            ``[vocabulary]``.
         gradients: ``F`` by the product's node, float32 ``[out, out]``; where the product
             has more outputs than inputs its diagonal ``[out]``, which is as good there
-            (an elementwise function comes next) and a third of all memory less. A
-            product that no gradient reaches is not in it.
+            (an elementwise function comes next) and a third of all memory less. Of a
+            gather ``[width, width]``. A product that no gradient reaches is not in it.
     """
 
     inputs: dict[fx.Node, Tensor] = field(default_factory=dict)
     outputs: dict[fx.Node, Tensor] = field(default_factory=dict)
     levels: dict[fx.Node, float] = field(default_factory=dict)
+    shares: dict[fx.Node, Tensor] = field(default_factory=dict)
     gradients: dict[fx.Node, Tensor] = field(default_factory=dict)
 
 
@@ -77,7 +82,8 @@ def moments(
     Args:
         program: is not changed.
         inputs: tensors by input name, one mapping a run; one at least.
-        nodes: products ``linear(x, W, b)`` of the program.
+        nodes: products ``linear(x, W, b)``, convolutions and gathers of the program
+            (:mod:`ftc.graph.matrices`).
         by_outputs: those of ``nodes`` that have ``W G W^T`` in place of ``G``.
         gradients: whether to find ``F``, which takes a backward pass.
         random_share: how much random inputs weigh, in [0, 1): they reach what the
@@ -148,27 +154,45 @@ class _Sums:
         by_outputs: Collection[fx.Node],
     ) -> None:  # fmt: skip
         self._found, self.gradients = found, found.gradients
-        self._grams: set[Any] = {node.args[0] for node in nodes if node not in by_outputs}
-        self._levels: set[Any] = {node.args[0] for node in by_outputs}
         self._biases = {node: _bias(program, node) for node in by_outputs}
-        self.watched: set[fx.Node] = {*self._grams, *self._levels, *self._biases}
+        self._adds: dict[Any, dict[Any, _Add]] = defaultdict(dict)  # by what is watched
+        for node in nodes:
+            x, key = node.args[0], source(node)
+            if is_gather(node):
+                self._adds[node.args[1]][node] = partial(self._add_share, program, node)
+            elif node in self._biases:
+                self._adds[x].setdefault(("level", key), partial(self._add_level, node))
+                self._adds[node][node] = partial(self._add_output, node)
+            else:  # shared by the products that read it
+                self._adds[x][key] = partial(self._add_input, node)
 
     def watch(self, weight: float) -> dict[fx.Node, Callable[[Tensor], None]]:
         """A callback for each watched node of a run that weighs ``weight``."""
-        return {node: partial(self.add, node, weight) for node in self.watched}
+        return {node: partial(self.add, node, weight) for node in self._adds}
 
     def add(self, node: fx.Node, weight: float, value: Tensor) -> None:
-        """Adds the rows of one value."""
-        rows = value.detach().flatten(0, -2).float()
-        each = weight / max(len(rows), 1)
-        if node in self._grams:
-            _add_gram(self._found.inputs, node, rows, each)
-        if node in self._levels:
-            level = each * float(rows.square().sum()) / rows.shape[1]
-            self._found.levels[node] = self._found.levels.get(node, 0.0) + level
-        if node in self._biases:
-            bias = self._biases[node]
-            _add_gram(self._found.outputs, node, rows if bias is None else rows - bias, each)
+        """Adds the rows of one value, if it is watched."""
+        for add in self._adds.get(node, {}).values():
+            add(weight, value.detach())
+
+    def _add_input(self, node: fx.Node, weight: float, value: Tensor) -> None:
+        rows = input_rows(node, value).float()
+        _add_gram(self._found.inputs, source(node), rows, weight / max(len(rows), 1))
+
+    def _add_level(self, node: fx.Node, weight: float, value: Tensor) -> None:
+        levels, key = self._found.levels, source(node)
+        levels[key] = levels.get(key, 0.0) + weight * input_level(node, value)
+
+    def _add_output(self, node: fx.Node, weight: float, value: Tensor) -> None:
+        rows, bias = output_rows(node, value).float(), self._biases[node]
+        rows = rows if bias is None else rows - bias
+        _add_gram(self._found.outputs, node, rows, weight / max(len(rows), 1))
+
+    def _add_share(self, program: Program, node: fx.Node, weight: float, value: Tensor) -> None:
+        table: Any = node.args[0]
+        count = torch.bincount(value.flatten(), minlength=len(program.tensor(str(table.target))))
+        shares = self._found.shares
+        shares[node] = shares.get(node, 0) + count * (weight / max(value.numel(), 1))
 
 
 def _bias(program: Program, node: fx.Node) -> Tensor | None:
@@ -235,20 +259,25 @@ class _Watched(fx.Interpreter):
         """What is watched is added up."""
         node = self._original[n]
         result = self._product(n, node) if node in self._nodes else super().run_node(n)
-        if self._part.inputs and node in self._sums.watched:
+        if self._part.inputs:
             self._sums.add(node, self._part.inputs, result)
         return result
 
     def _product(self, n: fx.Node, node: fx.Node) -> Tensor:
-        """A product is computed on an input that has a gradient."""
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
-        result: Tensor = linear(x, *args[1:])
+        """A product is computed on an input that has a gradient, a gather gets one."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        target: Any = n.target
+        if is_gather(n):
+            result: Tensor = target(*args, **kwargs).requires_grad_()
+            diagonal = False
+        else:
+            x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+            result = target(x, *args[1:], **kwargs)
+            diagonal = len(args[1]) > args[1][0].numel()
         sums, weight = self._sums.gradients, self._part.gradients
-        diagonal = result.shape[-1] > x.shape[-1]
 
         def keep(gradient: Tensor) -> None:
-            rows = gradient.detach().flatten(0, -2).float()
+            rows = output_rows(node, gradient.detach()).float()
             if diagonal:
                 sums[node] = sums.get(node, 0) + rows.square().sum(0) * weight
             else:

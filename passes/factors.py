@@ -1,32 +1,62 @@
-"""The two factors of a low-rank weight: made of a product, replaced by others of another rank."""
+"""The two factors of a low-rank weight: made of a weight, replaced by others of another rank."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from ftc.graph.products import Product
+from ftc.graph.matrices import POINTWISE, Matrix, is_convolution, is_gather
+from ftc.graph.program import Program
 from ftc.graph.rewriter import Rewriter
-from ftc.graph.spectrum import Spectrum
 
 aten = torch.ops.aten
 
 
-def factor(rw: Rewriter, product: Product, found: Spectrum, rank: int) -> int:
-    """Replaces one product by two; how many parameters that saves."""
-    a, b = found.factors(rank)
-    trainable = rw.program.tensor(product.weight).requires_grad
-    bias = product.node.args[2] if product.bias is not None else None
-    rw.remove_tensor(product.weight)
-    with rw.at(product.node):
-        inner = rw.add_parameter(f"{product.weight}.A", a, trainable=trainable)
-        outer = rw.add_parameter(f"{product.weight}.B", b, trainable=trainable)
-        thin = rw.call(aten.linear.default, product.x, inner)
-        new = rw.call(aten.linear.default, thin, outer, *([] if bias is None else [bias]))
-    rw.replace(product.node, new)
-    return found.weight.numel() - a.numel() - b.numel()
+def factor(rw: Rewriter, matrix: Matrix, a: Tensor, b: Tensor) -> int:
+    """Makes every reader of a weight read its factors; how many parameters that saves.
+
+    Args:
+        matrix: the weight, of ``rw``'s program.
+        a: ``A [rank, in]``.
+        b: ``B [out, rank]``.
+    """
+    old = rw.program.tensor(matrix.weight)
+    if is_convolution(matrix.node):
+        a, b = a.view(-1, *old.shape[1:]), b[(..., *[None] * (old.dim() - 2))]
+    rw.remove_tensor(matrix.weight)
+    made = [rw.add_parameter(f"{matrix.weight}.{part}", tensor, trainable=old.requires_grad)
+            for part, tensor in (("A", a), ("B", b))]  # fmt: skip
+    for node in matrix.nodes:
+        with rw.at(node):
+            rw.replace(node, _factored(rw, node, *made))
+    rw.program = replace(rw.program, ties=tuple(_tied(rw.program, matrix.weight)))
+    return old.numel() - a.numel() - b.numel()
+
+
+def _tied(program: Program, weight: str) -> Iterator[frozenset[str]]:
+    """The ties, with those of a weight handed on to both of its factors."""
+    for tie in program.ties:
+        if weight in tie:
+            yield from (frozenset(f"{name}.{part}" for name in tie) for part in ("A", "B"))
+        else:
+            yield tie
+
+
+def _factored(rw: Rewriter, node: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    """What a reader becomes."""
+    args, target = node.args, cast(Any, node.target)
+    if is_gather(node):  # the rows of B, then all of A
+        return rw.call(aten.matmul.default, rw.call(target, b, *args[1:]), a)
+    bias = args[2] if len(args) > 2 else None
+    if is_convolution(node):
+        thin = rw.call(target, args[0], a, None, *args[3:])
+        return rw.call(POINTWISE[target], thin, b, bias)
+    thin = rw.call(aten.linear.default, args[0], a)
+    return rw.call(aten.linear.default, thin, b, *([] if bias is None else [bias]))
 
 
 def set_factors(

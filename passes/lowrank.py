@@ -3,7 +3,9 @@
     y = W x + b   ~   B (A x) + b,    A [rank, in],   B [out, rank]
 
 It pays where ``rank (in + out) < in out``; a product where it does not is left as it
-is. What "best" means is the metric (:mod:`ftc.graph.spectrum`):
+is. A convolution becomes one to ``rank`` channels and one of size 1, a table the rows of
+``B`` times ``A``, which a tied head multiplies by too (:mod:`ftc.graph.matrices`).
+What "best" means is the metric (:mod:`ftc.graph.spectrum`):
 
 ============  ==================================================================
 ``plain``     the error of the weights (Eckart and Young, 1936): ruins a model
@@ -25,7 +27,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ftc.graph.errors import PreconditionError, UsageError
-from ftc.graph.products import Product, products
+from ftc.graph.matrices import Matrix, is_gather, matrices
 from ftc.graph.program import Program
 from ftc.graph.provenance import describe
 from ftc.graph.rewriter import Rewriter
@@ -40,6 +42,7 @@ from .pace import Pace
 from .ranks import Curve, share_out
 
 _DEFAULT_ENERGY = 0.9999
+Chosen = tuple[Matrix, Tensor]
 _CUTS = ("ratio", "rank", "energy", "budget", "max_drift")
 
 
@@ -63,7 +66,8 @@ class LowRank(Pass):
             budget, ``plain`` elsewhere and for ``energy``.
         damping: how far the data's metric is pulled towards the plain one, above 0;
             more is safer on texts unlike the calibration's.
-        select: which products, a selector.
+        select: which weights, a selector: products, convolutions of one group, and where
+            they are named embeddings, with a head that is tied to one.
     """
 
     name: ClassVar[str] = "lowrank"
@@ -80,7 +84,7 @@ class LowRank(Pass):
     of: Literal["params", "bytes", "operations"] = "params"
     method: Literal["auto", "plain", "diagonal", "whitened", "fisher"] = "auto"
     damping: float = 0.1
-    select: str = "product"
+    select: str = "product - embedding"
 
     def __post_init__(self) -> None:
         given = [option for option in _CUTS if getattr(self, option) is not None]
@@ -127,21 +131,20 @@ class LowRank(Pass):
         """A rank beyond a selected product's full rank is refused."""
         if self.rank is None:
             return
-        for product, weight in self._chosen(program):
+        for matrix, weight in self._chosen(program)[0]:
             if self.rank > min(weight.shape):
                 raise PreconditionError(
-                    f"{self.spec}: rank exceeds min{tuple(weight.shape)} of {product.weight}",
-                    where=describe(product.node),
+                    f"{self.spec}: rank exceeds min{tuple(weight.shape)} of {matrix.weight}",
+                    where=describe(matrix.node),
                     fix=f"choose rank <= {min(weight.shape)}, or narrow the selection with select=",
                 )
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Factors every selected product where that makes it smaller."""
-        chosen = self._chosen(rw.program)
-        able = [(p, w) for p, w in chosen if len(rw.get_attr(p.weight).users) == 1]
-        if len(able) < len(chosen):
-            rw.note(f"left {len(chosen) - len(able)} products as they are: "
-                    "others read the same weight")  # fmt: skip
+        able, others = self._chosen(rw.program)
+        if others:
+            rw.note(f"left {others} weights as they are: not all that reads them "
+                    "multiplies by the same matrix")  # fmt: skip
         if not able:
             return
         limits = self._limits(rw, ctx, able)
@@ -150,66 +153,65 @@ class LowRank(Pass):
         if self._shared:
             ranks = self._share(rw, ctx, able, measure, limits)
         else:
-            ranks = {p.weight: r for p, w in able
-                     if (r := self._own_rank(measure, p, w, limits))}  # fmt: skip
-        for product, _ in able:
-            if product.weight not in ranks:
-                measure.forget(product)
+            ranks = {m.weight: r for m, w in able
+                     if (r := self._own_rank(measure, m, w, limits))}  # fmt: skip
+        for matrix, _ in able:
+            if matrix.weight not in ranks:
+                measure.forget(matrix)
         before = rw.modified
-        saved = sum(factor(rw, p, measure(p, w), ranks[p.weight]) for p, w in able
-                    if p.weight in ranks)  # fmt: skip
+        saved = sum(factor(rw, m, *measure(m, w).factors(ranks[m.weight])) for m, w in able
+                    if m.weight in ranks)  # fmt: skip
         self._say(rw, saved, rw.modified - before, len(able) - len(ranks))
 
-    def _chosen(self, program: Program) -> list[tuple[Product, Tensor]]:
+    def _chosen(self, program: Program) -> tuple[list[Chosen], int]:
+        """What can be factored, and how many selected weights cannot."""
         names = select(self.select, program)
-        return [
-            (p, program.tensor(p.weight).detach()) for p in products(program) if p.weight in names
-        ]
+        found = list(matrices(program))
+        able = [(m, m.of(program)) for m in found if isinstance(m, Matrix) and m.weight in names]
+        return able, sum(m in names for m in found if isinstance(m, str))
 
-    def _limits(
-        self, rw: Rewriter, ctx: Context, able: list[tuple[Product, Tensor]]
-    ) -> dict[str, int]:
+    def _limits(self, rw: Rewriter, ctx: Context, able: list[Chosen]) -> dict[str, int]:
         """The largest rank that pays in time, of products where that is known and asked for."""
         pace = Pace(rw.program, ctx)
         if self.of == "bytes" or not pace.known:
             return {}
-        limits = {p.weight: pace.limit(p, w) or 0 for p, w in able}
+        limits = {m.weight: pace.limit(m, w) or 0 for m, w in able if m.is_product}
         if slower := sum(not limit for limit in limits.values()):
             rw.note(f"left {slower} products as they are: factors of any rank are slower on "
                     f"{ctx.target.name} at the shapes that were named")  # fmt: skip
         return limits
 
     def _own_rank(
-        self, measure: Measure, product: Product, weight: Tensor, limits: dict[str, int]
+        self, measure: Measure, matrix: Matrix, weight: Tensor, limits: dict[str, int]
     ) -> int | None:
-        """The rank of one product by itself; None where its factors would not pay."""
+        """The rank of one weight by itself; None where its factors would not pay."""
         out, width = weight.shape
         most = (out * width - 1) // (out + width)
-        most = min(most, limits.get(product.weight, most))
+        most = min(most, limits.get(matrix.weight, most))
         if self.rank is not None:
             rank = self.rank
         elif self.ratio is not None:
             rank = max(1, int(self.ratio * out * width / (out + width)))
         else:
-            tails = measure.values(product, weight).tails
+            tails = measure.values(matrix, weight).tails
             left = (1 - (self.energy or _DEFAULT_ENERGY)) * tails[0]
             rank = max(1, int((tails > left).sum()))
         return rank if rank <= most else None
 
     def _share(
-        self, rw: Rewriter, ctx: Context, able: list[tuple[Product, Tensor]], measure: Measure,
+        self, rw: Rewriter, ctx: Context, able: list[Chosen], measure: Measure,
         limits: dict[str, int],
     ) -> dict[str, int]:  # fmt: skip
         """Ranks under the budget, or under the least budget that drifts little enough."""
         units = self._units(rw.program, able)
 
-        def tails(product: Product, weight: Tensor) -> Tensor:
+        def tails(matrix: Matrix, weight: Tensor) -> Tensor:
             known = measure if self.max_drift is not None else measure.values
-            return known(product, weight).tails
+            return known(matrix, weight).tails
 
-        reached = [(p, w) for p, w in able if measure.reaches(p)]
-        curves = {p.weight: Curve((w.shape[0], w.shape[1]), tails(p, w), units[p.weight],
-                                  limits.get(p.weight)) for p, w in reached}  # fmt: skip
+        reached = [(m, w) for m, w in able if measure.reaches(m)]
+        curves = {m.weight: Curve((w.shape[0], w.shape[1]), tails(m, w), units[m.weight],
+                                  limits.get(m.weight)) for m, w in reached}  # fmt: skip
         if len(curves) < len(able):
             rw.note(f"{len(able) - len(curves)} products do not change the outputs by gradient: "
                     "left as they are, not counted")  # fmt: skip
@@ -220,13 +222,15 @@ class LowRank(Pass):
         rw.note(f"kept {share:.3f} of {self.of}: the least within a drift of {self.max_drift:g}")
         return ranks
 
-    def _units(self, program: Program, able: list[tuple[Product, Tensor]]) -> dict[str, float]:
+    def _units(self, program: Program, able: list[Chosen]) -> dict[str, float]:
+        """What one weight costs; of operations: how many rows are multiplied by it."""
         if self.of == "params":
-            return {p.weight: 1.0 for p, _ in able}
+            return {m.weight: 1.0 for m, _ in able}
         if self.of == "bytes":
-            return {p.weight: float(w.element_size()) for p, w in able}
+            return {m.weight: float(w.element_size()) for m, w in able}
         at = SizesAt(program, program.signature.sizes())
-        return {p.weight: at.numel(p.x) / w.shape[1] for p, w in able}
+        return {m.weight: sum(at.numel(node) / len(w) for node in m.nodes if not is_gather(node))
+                for m, w in able}  # fmt: skip
 
     def _say(self, rw: Rewriter, saved: int, made: int, kept: int) -> None:
         if made:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ftc.graph.drift import measure_drift
 from ftc.graph.errors import BudgetError, PreconditionError
-from ftc.graph.products import products
+from ftc.graph.matrices import Matrix, matrices
 from ftc.graph.program import Program
 from ftc.graph.rewriter import Rewriter
 
@@ -53,10 +53,10 @@ class LeastBudget:
         except PreconditionError:  # below what rank 1 costs
             return None
         trial = Rewriter(self._program.clone(), "lowrank")
-        for product in products(trial.program):
-            if product.weight in ranks:
-                known = self._measure(product, trial.program.tensor(product.weight))
-                factor(trial, product, known, ranks[product.weight])
+        for matrix in matrices(trial.program):
+            if isinstance(matrix, Matrix) and matrix.weight in ranks:
+                known = self._measure(matrix, matrix.of(trial.program))
+                factor(trial, matrix, *known.factors(ranks[matrix.weight]))
         trial.finish()
         drift = measure_drift(self._program, trial.program, self._probes)
         return ranks if drift.relative <= bound else None

@@ -11,7 +11,7 @@ import math
 
 from torch import Tensor
 
-from ftc.graph.products import Product
+from ftc.graph.matrices import Matrix
 from ftc.graph.program import Program
 from ftc.graph.symbols import SizesAt
 
@@ -37,7 +37,7 @@ class Pace:
         """Whether there are costs and shapes to compare at."""
         return bool(self._sizes)
 
-    def limit(self, product: Product, weight: Tensor) -> int | None:
+    def limit(self, matrix: Matrix, weight: Tensor) -> int | None:
         """The largest rank that is no slower than the product ``[out, in]``; 0: none is.
 
         None where nothing is known.
@@ -47,19 +47,19 @@ class Pace:
         low, high = 0, min(weight.shape)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.ratio(product, weight, middle) <= 1:
+            if self.ratio(matrix, weight, middle) <= 1:
                 low = middle
             else:
                 high = middle - 1
         return low
 
-    def ratio(self, product: Product, weight: Tensor, rank: int) -> float:
+    def ratio(self, matrix: Matrix, weight: Tensor, rank: int) -> float:
         """Time of factors of ``rank`` over the product's, geometric mean over the shapes."""
         assert self._table is not None
         out, width = weight.shape
         logs = []
         for at in self._sizes:
-            rows = max(at.numel(product.x) // width, 1)
+            rows = max(at.numel(matrix.node) // out, 1)
             one, *two = (self._table.seconds("float", rows, *size)
                          for size in ((width, out), (width, rank), (rank, out)))  # fmt: skip
             logs.append(math.log(max(sum(two), 1e-12) / max(one, 1e-12)))

@@ -14,6 +14,7 @@ from ftc.graph import fisher
 from ftc.graph.drift import measure_drift
 from ftc.graph.errors import BudgetError, PreconditionError, UsageError
 from ftc.graph.fisher import moments
+from ftc.graph.matrices import matrices
 from ftc.graph.observe import observe
 from ftc.graph.pieces import pieces, positions, windows
 from ftc.graph.products import products
@@ -205,8 +206,8 @@ def test_factors_that_are_slower_are_used_for_bytes_only():
 
 def test_the_limit_is_the_last_rank_that_is_no_slower():
     program = canonical("mlp")
-    product = next(iter(products(program)))
-    weight = program.tensor(product.weight)
+    product = next(iter(matrices(program)))
+    weight = product.of(program)
     ctx = Context.for_program(program, target=table(20.0), shapes=(program.signature.sizes(),))
     pace = Pace(program, ctx)
     limit = pace.limit(product, weight)
