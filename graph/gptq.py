@@ -113,7 +113,8 @@ def _round_columns(
         for first in range(start, stop, size):
             here = slice(first, first + size)
             ranges.append(search_range(columns[here].T, importance[here], scheme))
-            limits = _limits(ranges[-1][1], scheme)
+            zero = ranges[-1][1]
+            limits = (-scheme.half - zero, scheme.half - 1 - zero)
             _round_group(columns[here], factor[here, here], ranges[-1][0], limits,
                          codes[here], errors[here])  # fmt: skip
             behind = slice(first + size, stop)
@@ -122,11 +123,6 @@ def _round_columns(
         columns[behind].addmm_(factor[done, behind].T, errors[done], alpha=-1)
     scale, zero = (torch.stack(each, 1) for each in zip(*ranges, strict=True))
     return codes, scale, zero
-
-
-def _limits(zero: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    half = 2 ** (scheme.bits - 1)
-    return -half - zero, half - 1 - zero
 
 
 def _round_group(

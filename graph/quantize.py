@@ -4,7 +4,7 @@ A weight ``w`` of shape ``[out, ...]`` is seen as rows of ``in`` elements, each
 row as groups of ``group_size`` (0: the whole row is one group). Two schemes:
 
 - symmetric: ``s = max|w| / qmax``, ``q = round(w / s)``, ``w ~ q s``;
-- affine, the textbook min-max scheme on ``2^n - 1`` steps:
+- affine, the textbook min-max scheme on ``2^n - 1`` steps (``n = 7`` with a reduced range):
   ``s = (max - min) / (2^n - 1)``, ``q = round((w - min) / s) - 2^(n-1)``,
   ``w ~ (q - z) s`` with ``z`` the integer that stands for zero.
 
@@ -43,12 +43,20 @@ class Scheme:
         symmetric: no zero point.
         reduce_range: at 8 bits keep the sum of two neighbours' magnitudes within 128
             (:data:`PAIR`), which costs half a bit to one bit.
+        per_tensor: all rows have the scale and zero point of the whole weight; they are
+            repeated, so that readers find those of their row in any scheme.
     """
 
     bits: int = 8
     group_size: int = 0
     symmetric: bool = True
     reduce_range: bool = False
+    per_tensor: bool = False
+
+    @property
+    def half(self) -> int:
+        """Affine codes are ``-half`` to ``half - 1``; any two of 7 bits are within a pair's."""
+        return PAIR // 2 if self.bits == 8 and self.reduce_range else int(2 ** (self.bits - 1))
 
     @property
     def qmax(self) -> int:
@@ -72,14 +80,15 @@ def choose_qparams(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | Non
     """
     groups = _groups(weight, scheme.group_size)
     if scheme.symmetric:
-        peak = groups.abs().amax(-1)
+        peak = _shared(groups.abs().amax(-1), scheme)
         scale = peak / scheme.qmax
         if scheme.reduce_range and scheme.bits == 8:
-            scale = torch.maximum(scale, _largest_pair(groups) / _ALMOST)
+            scale = torch.maximum(scale, _shared(_largest_pair(groups), scheme) / _ALMOST)
         return _positive(scale, peak), None
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scale = _positive((high - low) / (2**scheme.bits - 1), high - low)
-    zero = torch.round(-low / scale) - 2 ** (scheme.bits - 1)
+    low = -_shared(-groups.amin(-1).clamp(max=0), scheme)
+    high = _shared(groups.amax(-1).clamp(min=0), scheme)
+    scale = _positive((high - low) / (2 * scheme.half - 1), high - low)
+    zero = torch.round(-low / scale) - scheme.half
     return scale, zero.to(torch.int8)
 
 
@@ -90,8 +99,7 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: S
     if zero_point is None:
         codes = codes.clamp_(-scheme.qmax, scheme.qmax)
     else:
-        half = 2 ** (scheme.bits - 1)
-        codes = codes.add_(zero_point.unsqueeze(-1)).clamp_(-half, half - 1)
+        codes = codes.add_(zero_point.unsqueeze(-1)).clamp_(-scheme.half, scheme.half - 1)
     return codes.to(torch.int8).view(weight.shape)
 
 
@@ -146,6 +154,11 @@ def _groups(weight: Tensor, group_size: int) -> Tensor:
             fix=f"choose a divisor of {width}, or 0 for one group a row",
         )
     return rows.reshape(weight.shape[0], width // size, size)
+
+
+def _shared(largest: Tensor, scheme: Scheme) -> Tensor:
+    """``[out, groups]`` itself, or its largest everywhere where one scale serves all."""
+    return largest.amax().expand_as(largest).contiguous() if scheme.per_tensor else largest
 
 
 def _largest_pair(groups: Tensor) -> Tensor:

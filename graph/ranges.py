@@ -56,7 +56,7 @@ def search_range(
 
 def round_to(groups: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
     """``q - z``, whole numbers in float32, of weights ``[..., size]``."""
-    low, high = _limits(scheme)
+    low, high = -scheme.half, scheme.half - 1
     point = zero.unsqueeze(-1)
     return (groups / scale.unsqueeze(-1)).round_().clamp_(low - point, high - point)
 
@@ -76,15 +76,10 @@ def _error(
     return (restored.sub_(groups).square_() * importance).sum(-1)
 
 
-def _limits(scheme: Scheme) -> tuple[int, int]:
-    half = int(2 ** (scheme.bits - 1))
-    return -half, half - 1
-
-
 def _candidates(
     low: Tensor, high: Tensor, scheme: Scheme, shrink: tuple[float, ...]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    bottom, top = _limits(scheme)
+    bottom, top = -scheme.half, scheme.half - 1
     if scheme.symmetric:
         peak = torch.maximum(high.abs(), low.abs())
         for part in shrink:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Literal
 
 import torch
@@ -102,7 +103,7 @@ class Signature:
                 limit = self.limits.get(name)
                 bound = f"1 to {limit}" if limit else "1 or more"
                 raise UsageError(f"{name}={size} is out of range", fix=f"use {bound}")
-        defaults = dict(zip(self.dims, (2, 11, 13, 17, 19, 23, 29, 31), strict=False))
+        defaults = dict(zip(self.dims, cycle((2, 11, 13, 17, 19, 23, 29, 31)), strict=False))
         chosen = {n: sizes.get(n, min(d, self.limits.get(n, d))) for n, d in defaults.items()}
         for name, limit in self.limits.items():
             first, plus, second = name.partition("+")

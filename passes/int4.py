@@ -23,7 +23,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from ftc.graph import quantized_ops  # noqa: F401  (registers torch.ops.ftc)
 from ftc.graph.errors import UsageError
 from ftc.graph.provenance import describe
 from ftc.graph.quantize import Scheme, pack
@@ -34,12 +33,11 @@ from ftc.graph.shapes import value
 from .base import Context, Effect, Pass
 from .budget import Levels, Search, drift_of, listed
 from .int8 import Int8
+from .quantizing import PRODUCTS_AND_TABLES, check_group_size, quantized_reader, unsupported
 from .rounding import Rounded, Rounding, kept, to_nearest
 
-aten, ops = torch.ops.aten, torch.ops.ftc
+aten = torch.ops.aten
 
-_GROUPS = (16, 32, 64, 128, 256)
-_WEIGHT_ARGUMENT: dict[object, int] = {aten.linear.default: 1, aten.embedding.default: 0}
 _FLOAT = 2  # levels of max_drift: 0 for 4 bits, 1 for the fallback, 2 for float
 
 
@@ -86,11 +84,7 @@ class Int4(Pass):
     residual_rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.group_size not in _GROUPS:
-            raise UsageError(
-                f"int4{{group_size={self.group_size}}}: groups are 16, 32, 64, 128 or 256 weights",
-                fix="int4{group_size=32}",
-            )
+        check_group_size("int4", self.group_size)
         if self.min_size < 0:
             raise UsageError(
                 f"int4{{min_size={self.min_size}}}: a number of elements, 0 or more",
@@ -164,7 +158,7 @@ class Int4(Pass):
             if weight is None or not weight.is_floating_point() or weight.numel() < self.min_size:
                 continue
             node = rw.get_attr(name)
-            if (other := _unsupported(node)) is not None:
+            if (other := unsupported(node, PRODUCTS_AND_TABLES)) is not None:
                 rw.note(f"left {name}: {other.target} reads it too ({describe(other)})")
                 unfit.append(name)
             elif weight.shape[1] % self.group_size:
@@ -210,19 +204,14 @@ class Int4(Pass):
             zero = rw.add_buffer(f"{name}.zero_point", coded.zero_point)
         how = (4, self.group_size)
         for reader in readers:
-            x, bias = reader.args[0], reader.args[2] if len(reader.args) > 2 else None
-            if rounded.extra:
-                x = sums.extended(reader, rounded.extra)
+            x = sums.extended(reader, rounded.extra) if rounded.extra else None
+            bias = None
             if rounded.bias is not None:
-                bias = _with_values(rw, bias, f"{name}.bias", rounded.bias)
+                bias = _with_values(rw, (*reader.args, None)[2], f"{name}.bias", rounded.bias)
             with rw.at(reader):
-                if reader.target is aten.linear.default:
-                    new = rw.call(ops.quantized_linear.default, x, data, scale, zero, bias,
-                                  *how, self.activation)  # fmt: skip
-                else:
-                    new = rw.call(ops.quantized_embedding.default, data, scale, zero,
-                                  reader.args[1], *how)  # fmt: skip
-                    new = _as_dtype(rw, new, value(reader).dtype)
+                new = quantized_reader(
+                    rw, reader, (data, scale, zero), how, (self.activation,), x=x, bias=bias
+                )
                 if rounded.residual is not None:
                     new = rounded.residual.add(rw, name, reader, new)
             rw.replace(reader, new)
@@ -279,19 +268,3 @@ def _with_values(rw: Rewriter, bias: object, name: str, values: Tensor) -> fx.No
         rw.set_tensor(str(bias.target), values)
         return bias
     return rw.add_buffer(name, values)
-
-
-def _as_dtype(rw: Rewriter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    if value(node).dtype == dtype:
-        return node
-    return rw.call(aten.to.dtype, node, dtype)
-
-
-def _unsupported(weight: fx.Node) -> fx.Node | None:
-    """The first reader that has no form at 4 bits."""
-    for reader in weight.users:
-        position = _WEIGHT_ARGUMENT.get(reader.target)
-        places = [i for i, argument in enumerate(reader.args) if argument is weight]
-        if position is None or places != [position]:
-            return reader
-    return None

@@ -31,7 +31,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from ftc.graph import quantized_ops  # noqa: F401  (registers torch.ops.ftc)
 from ftc.graph.errors import UsageError
 from ftc.graph.provenance import describe
 from ftc.graph.quantize import Scheme, choose_qparams, dequantize, quantize, relative_error
@@ -41,20 +40,11 @@ from ftc.graph.target import Kernel, Target
 
 from .base import Context, Effect, Pass
 from .budget import Levels, Search, drift_of, listed
-from .kernel_choice import GROUP, KernelChoice
+from .kernel_choice import KernelChoice
+from .quantizing import ALL, check_group_size, quantized_reader, unsupported
 from .static_steps import Steps, static_steps, step_of
 
-aten, ops = torch.ops.aten, torch.ops.ftc
-
-_WEIGHT_ARGUMENT: dict[object, int] = {
-    aten.linear.default: 1,
-    aten.embedding.default: 0,
-    aten.conv1d.default: 1,
-    aten.conv2d.default: 1,
-    aten.conv3d.default: 1,
-    aten.conv1d.padding: 1,
-    aten.conv2d.padding: 1,
-}
+aten = torch.ops.aten
 
 _FLOAT = 2  # levels of max_drift: 0 as usual, 1 in groups, 2 not at all
 
@@ -72,6 +62,12 @@ class Int8(Pass):
         kernel: ``integer`` (a scale for each channel), ``blocked`` (for each 32 weights
             of one), ``float`` (left as it is), or ``auto``: the fastest for the target
             and the shapes.
+        group_size: how many weights of a row share a scale in blocked products: 16, 32, 64,
+            128 or 256.
+        symmetric: no zero points; ``false`` covers the range from the least to the greatest
+            weight, the textbook min-max scheme.
+        per_tensor: one scale for all channels of a weight: what some runtimes need, and less
+            precise.
         reduce_range: keep the sum of two neighbours' codes within 128 in integer
             products, which is right on machines without VNNI as well; ``auto`` does so
             unless the target has it.
@@ -88,11 +84,15 @@ class Int8(Pass):
     select: str = "product | embedding"
     activation: Literal["row", "tensor", "static", "none"] = "row"
     kernel: Literal["auto", "integer", "blocked", "float"] = "auto"
+    group_size: int = 32
+    symmetric: bool = True
+    per_tensor: bool = False
     reduce_range: bool | Literal["auto"] = "auto"
     min_size: int = 2048
     max_drift: float | None = None
 
     def __post_init__(self) -> None:
+        check_group_size("int8", self.group_size)
         if self.min_size < 0:
             raise UsageError(
                 f"int8{{min_size={self.min_size}}}: a number of elements, 0 or more",
@@ -102,6 +102,11 @@ class Int8(Pass):
             raise UsageError(
                 f"int8{{max_drift={self.max_drift}}}: a relative error above 0",
                 fix="int8{max_drift=0.01}",
+            )
+        if self.per_tensor and self.kernel == "blocked":
+            raise UsageError(
+                "int8{per_tensor=true,kernel=blocked}: that kernel has a scale for each group",
+                fix="leave out one of the two",
             )
         if self.activation == "none" and self.kernel in ("integer", "blocked"):
             raise UsageError(
@@ -147,7 +152,7 @@ class Int8(Pass):
             if weight is None or weight.dim() < 2 or not weight.is_floating_point():
                 continue
             node = rw.get_attr(name)
-            if (other := _unsupported(list(node.users), node)) is not None:
+            if (other := unsupported(node, ALL)) is not None:
                 rw.note(f"left {name} as it is: {other.target} reads it too ({describe(other)})")
             else:
                 (found if weight.numel() >= self.min_size else small).append(name)
@@ -166,7 +171,9 @@ class Int8(Pass):
     ) -> None:
         """Quantizes ``names``, those with a level by that and not by what is fastest."""
         errors: dict[str, float] = {}
-        kernels = KernelChoice(rw.program, ctx, None if self.kernel == "auto" else self.kernel)
+        kernels = KernelChoice(
+            rw.program, ctx, None if self.kernel == "auto" else self.kernel, self.group_size
+        )
         plain = self.activation == "none"
         narrow = not ctx.target.wide if self.reduce_range == "auto" else self.reduce_range
         for name in names:
@@ -177,13 +184,20 @@ class Int8(Pass):
             asked: Kernel | None = "blocked" if level else None
             kernel = "integer" if plain else kernels(name, weight, readers, asked)
             if kernel != "float":
-                scheme = _scheme(kernel, narrow and not plain, readers)
+                scheme = self._scheme(kernel, narrow and not plain, readers)
                 errors[name] = self._quantize(rw, name, weight, readers, scheme, steps)
         for note in kernels.notes():
             rw.note(note)
         if "integer" in kernels.used and not plain:
             rw.note(_range_note(ctx.target, narrow))
         self._say(rw, errors)
+
+    def _scheme(self, kernel: Kernel, narrow: bool, readers: list[fx.Node]) -> Scheme:
+        """Of integer products 7 bits if ``narrow``: tables and convolutions compute in float."""
+        if kernel == "blocked":
+            return Scheme(8, self.group_size, self.symmetric)
+        integer = any(reader.target is aten.linear.default for reader in readers)
+        return Scheme(8, 0, self.symmetric, narrow and integer, self.per_tensor)
 
     def _quantize(
         self,
@@ -199,34 +213,25 @@ class Int8(Pass):
         codes = quantize(weight, scale, zero_point, scheme)
         error = relative_error(weight, dequantize(codes, scale, zero_point))
         rw.remove_tensor(name)
-        rw.add_buffer(f"{name}.quantized", codes)
-        rw.add_buffer(f"{name}.scale", scale)
+        held = (
+            rw.add_buffer(f"{name}.quantized", codes),
+            rw.add_buffer(f"{name}.scale", scale),
+            None if zero_point is None else rw.add_buffer(f"{name}.zero_point", zero_point),
+        )
+        how = (8, scheme.group_size)
         for reader in readers:
             with rw.at(reader):
-                rw.replace(reader, self._quantized_form(rw, reader, name, scheme.group_size, steps))
+                seen = self._seen(rw, reader, name, scheme.group_size, steps)
+                rw.replace(reader, quantized_reader(rw, reader, held, how, seen))
         return error
 
-    def _quantized_form(
-        self, rw: Rewriter, reader: fx.Node, name: str, group: int, steps: Steps
-    ) -> fx.Node:
-        how = (8, group)
-        data, scale = (rw.get_attr(f"{name}.{part}") for part in ("quantized", "scale"))
-        if reader.target is aten.linear.default:
-            x, bias = reader.args[0], reader.args[2] if len(reader.args) > 2 else None
-            if group:
-                seen: tuple[Any, ...] = ("block",)
-            elif self.activation == "static":
-                seen = ("static", step_of(rw, reader, steps, f"{name}.step"))
-            else:
-                seen = (self.activation,)
-            return rw.call(ops.quantized_linear.default, x, data, scale, None, bias, *how, *seen)
-        if reader.target is aten.embedding.default:
-            return rw.call(ops.quantized_embedding.default, data, scale, None, reader.args[1], *how)
-        weight = rw.call(ops.dequantize.default, data, scale, None, *how)
-        args = list(reader.args)
-        args[_WEIGHT_ARGUMENT[reader.target]] = weight
-        assert callable(reader.target)
-        return rw.call(reader.target, *args, **reader.kwargs)
+    def _seen(self, rw: Rewriter, reader: fx.Node, name: str, group: int, steps: Steps) -> Any:
+        """How a product's input is quantized, as ``ftc::quantized_linear`` is told."""
+        if group:
+            return ("block",)
+        if self.activation == "static" and reader.target is aten.linear.default:
+            return ("static", step_of(rw, reader, steps, f"{name}.step"))
+        return (self.activation,)
 
     def _say(self, rw: Rewriter, errors: dict[str, float]) -> None:
         if errors:
@@ -246,14 +251,6 @@ def _levels_note(levels: Levels, budget: float) -> str:
     return f"to keep a drift of {budget:g}, {told}"
 
 
-def _scheme(kernel: str, narrow: bool, readers: list[fx.Node]) -> Scheme:
-    """8 bits; of an integer product 7 if ``narrow``: a table and a convolution compute in float."""
-    if kernel == "blocked":
-        return Scheme(group_size=GROUP)
-    integer = any(reader.target is aten.linear.default for reader in readers)
-    return Scheme(reduce_range=narrow and integer)
-
-
 def _range_note(target: Target, narrow: bool) -> str:
     if narrow:
         return (
@@ -262,14 +259,3 @@ def _range_note(target: Target, narrow: bool) -> str:
         )
     wrong = "integer products use all 8 bits: wrong on machines with AVX2 and no VNNI"
     return wrong if target.wide else f"{wrong}, which target {target.name} allows for"
-
-
-def _unsupported(readers: list[fx.Node], weight: fx.Node) -> fx.Node | None:
-    """The first reader that has no quantized form for this argument."""
-    for reader in readers:
-        position = _WEIGHT_ARGUMENT.get(reader.target)
-        if position is None or reader.args[position] is not weight:
-            return reader
-        if sum(argument is weight for argument in reader.args) > 1:
-            return reader
-    return None

@@ -18,9 +18,6 @@ from ftc.graph.target import Choice, Kernel
 
 from .context import Context
 
-GROUP = 32
-"""Weights that share a scale in a blocked product."""
-
 
 class KernelChoice:
     """Chooses kernels for 8-bit products, and tells what it chose.
@@ -29,10 +26,13 @@ class KernelChoice:
         program: with fake values.
         ctx: its target and shapes.
         asked: the kernel for every product that has a form for it; None to choose.
+        group_size: weights that share a scale in a blocked product.
     """
 
-    def __init__(self, program: Program, ctx: Context, asked: Kernel | None) -> None:
-        self._target, self._asked = ctx.target, asked
+    def __init__(
+        self, program: Program, ctx: Context, asked: Kernel | None, group_size: int
+    ) -> None:
+        self._target, self._asked, self._group = ctx.target, asked, group_size
         self._sizes = [SizesAt(program, shape) for shape in ctx.shapes]
         self._shapes = [
             ",".join(f"{name}={size}" for name, size in shape.items()) for shape in ctx.shapes
@@ -55,11 +55,11 @@ class KernelChoice:
         if not inputs:
             return "integer"
         outputs, width = weight.shape
-        able = _able(width)
+        able = self._able(width)
         if asked is not None:
             fits = asked in able
             choice = Choice(asked, None, "asked for") if fits else Choice(
-                "integer", None, f"no whole groups of {GROUP}")  # fmt: skip
+                "integer", None, f"no whole groups of {self._group}")  # fmt: skip
         else:
             work = [
                 (max(at.numel(x) // width, 1), width, outputs) for at in self._sizes for x in inputs
@@ -67,6 +67,11 @@ class KernelChoice:
             choice = self._target.choose(work, able)
         self._made[name] = choice
         return choice.kernel
+
+    def _able(self, width: int) -> tuple[Kernel, ...]:
+        """Kernels of 8 bits that a product over ``width`` inputs has a form for."""
+        blocked: tuple[Kernel, ...] = () if width % self._group else ("blocked",)
+        return ("integer", *blocked, "float")
 
     @property
     def used(self) -> frozenset[Kernel]:
@@ -94,8 +99,3 @@ class KernelChoice:
         against = "" if kernel == "float" else f", {speed} times as fast as float"
         shapes = " and ".join(self._shapes)
         return f" on {self._target.name} at {shapes}{against} ({table.origin})"
-
-
-def _able(width: int) -> tuple[Kernel, ...]:
-    """Kernels of 8 bits that a product over ``width`` inputs has a form for."""
-    return ("integer", "float") if width % GROUP else ("integer", "blocked", "float")

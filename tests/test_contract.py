@@ -55,6 +55,7 @@ SPECS = {  # beyond the defaults, which are always tested
         "int8{min_size=0}",
         "int8{activation=none,min_size=0,reduce_range=false}",
         "int8{activation=static,min_size=0}",
+        "int8{symmetric=false,min_size=0}",
     ],
 }
 AGAIN_MODIFIES = {"awq", "smooth"}  # exact, and balances what it balanced before once more

@@ -191,3 +191,28 @@ def test_a_layer_with_a_module_of_others_is_alone() -> None:
     for layer in layers:
         layer.shared = layers[0].linear
     assert list(alike_layers(Stack(layers))) == []
+
+
+class Rows(nn.Module):
+    """Layers that are alike, and as many dynamic dimensions as inputs."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+
+    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            first, second = layer(first), layer(second)
+        return first, second
+
+
+def test_dimensions_may_have_any_name(copied: list[bool]) -> None:
+    torch.manual_seed(0)
+    model = Rows(4).eval()
+    examples = {"first": torch.randn(2, 8), "second": torch.randn(3, 8)}
+    dims = {"first": {0: "rows"}, "second": {0: "others"}}
+    program = capture(model, examples=examples, dynamic=dims)
+    assert copied and program.signature.dims == ("rows", "others")
+    given = {"first": torch.randn(5, 8), "second": torch.randn(7, 8)}
+    for expected, found in zip(model(**given), program(given).values(), strict=True):
+        torch.testing.assert_close(found, expected)
