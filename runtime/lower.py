@@ -45,7 +45,9 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _log = logging.getLogger("ftc.lower")
 
 
-def lower(program: Program, dialect: Dialect = "onnxruntime") -> ir.Model:
+def lower(
+    program: Program, dialect: Dialect = "onnxruntime", *, in_place: bool = False
+) -> ir.Model:
     """The ONNX model of ``program``.
 
     Args:
@@ -53,6 +55,8 @@ def lower(program: Program, dialect: Dialect = "onnxruntime") -> ir.Model:
             a clone. Weights are shared, so it must not change until the model is saved.
         dialect: ``standard`` emits operators of ONNX itself only, for other runtimes;
             ``onnxruntime`` also those of onnxruntime that are faster.
+        in_place: of a cached program, attention that writes into the buffers of keys and
+            values where past and present are one; for ``onnxruntime`` only.
 
     Returns:
         A model whose inputs and outputs are named and shaped as the signature
@@ -65,7 +69,9 @@ def lower(program: Program, dialect: Dialect = "onnxruntime") -> ir.Model:
     if shapes.fake_mode(program.graph) is None:
         program = program.clone()
         shapes.propagate(program.module, program.signature)
-    return _Lowering(program, dialect == "standard").run()
+    standard = dialect == "standard"
+    writes = in_place and not standard and "cached" in program.facts
+    return _Lowering(program, standard, writes).run()
 
 
 def decomposed(model: ir.Model) -> tuple[str, ...]:
@@ -77,9 +83,9 @@ def decomposed(model: ir.Model) -> tuple[str, ...]:
 class _Lowering:
     """The walk over one program."""
 
-    def __init__(self, program: Program, standard: bool) -> None:
+    def __init__(self, program: Program, standard: bool, in_place: bool) -> None:
         self.program = program
-        self.emitter = Emitter(program, standard)
+        self.emitter = Emitter(program, standard, in_place)
         self.decomposed: dict[str, None] = {}
         self.wholes = find_rotary(program)
 

@@ -21,6 +21,7 @@ import torch
 from onnx_ir import Value
 
 from .emitter import Emitter
+from .grouped import grouped
 from .table import Unsupported, lowers
 
 aten = torch.ops.aten
@@ -57,7 +58,12 @@ def attention(
     if len(unsplit) == 3:
         operands = unsplit
         how |= {"q_num_heads": e.dims(query)[1], "kv_num_heads": e.dims(key)[1]}
-    made = e.op("Attention", *operands, mask, *past, outputs=3 if past else 1, **how)
+    made = None
+    if e.in_place and past and len(unsplit) == 3 and mask is not None:
+        heads, depth = e.dims(query)[1], e.dims(value)[3]
+        made = grouped(e, operands, mask, past, heads, e.dims(key)[1], depth, float(scale))
+    if made is None:
+        made = e.op("Attention", *operands, mask, *past, outputs=3 if past else 1, **how)
     y = made[0] if past else made
     if past:
         for joined, present in zip(whole, made[1:], strict=True):
