@@ -22,6 +22,9 @@ from torch import Tensor
 from .sequence import POSITIONS
 from .signature import InputSpec, Signature
 
+#: Key and value of the metadata of an ONNX file in which past and present may be one buffer.
+IN_PLACE = ("cache", "in place")
+
 Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 

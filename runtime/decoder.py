@@ -1,35 +1,35 @@
 """Scores of the next token, behind texts of which most was read before.
 
-A cached program reads what is new of a text, and takes the keys and values of the rest
-from its run before. They stay where they were computed: what onnxruntime gives is handed
-back to it as it is, and never becomes an array here. So a conversation costs its new
+A cached program reads what is new of a text, and finds the keys and values of the rest
+where its run before left them (:mod:`ftc.runtime.past`). So a conversation costs its new
 words only, however long it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ftc.graph.cached import is_cached, pad_left, present_of, states, step_inputs, token_limit
+from ftc.graph.cached import is_cached, pad_left, token_limit
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 
-from .engine import Engine, OnnxEngine
+from .engine import Engine
+from .past import past_of
 from .text import pad
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Rows of tokens that were read, their mask, and their keys and values by names of inputs."""
+    """Rows of tokens that were read, their mask, and where their keys and values are."""
 
     rows: tuple[tuple[int, ...], ...] = ()
     mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
-    past: Mapping[str, Any] = field(default_factory=dict)
+    past: Any = None
 
 
 class Decoder:
@@ -47,8 +47,7 @@ class Decoder:
         self.engine = engine
         self._signature = engine.program.signature
         self._scores = self._signature.output_names[0]
-        self._cached = is_cached(self._signature)
-        self._kept = {spec.name: present_of(spec.name) for spec in states(self._signature)}
+        self._run = past_of(engine) if is_cached(self._signature) else None
         self.limit = self.limit_of(engine.program)
         self._read = _Read()
 
@@ -68,7 +67,7 @@ class Decoder:
         Raises:
             UsageError: for rows of different length where there is no cache.
         """
-        if not self._cached:
+        if self._run is None:
             return self._whole(rows)
         before = self._read if self._go_on(rows) else _Read()
         if before.rows:
@@ -78,11 +77,8 @@ class Decoder:
         else:
             self._read = before  # what is kept of another text is let go before the run
             ids, mask = pad_left([torch.tensor(row) for row in rows])
-        found = self._run(step_inputs(self._signature, ids, mask, before.past))
-        past = {name: found[present] for name, present in self._kept.items()}
+        scores, past = self._run(ids, mask, before.past)
         self._read = _Read(tuple(map(tuple, rows)), mask, past)
-        scores = found[self._scores]
-        scores = scores if isinstance(scores, Tensor) else torch.from_numpy(scores.numpy())
         return scores[:, -1]
 
     def _go_on(self, rows: Sequence[Sequence[int]]) -> bool:
@@ -91,12 +87,6 @@ class Decoder:
             return False
         pairs = zip(rows, old, strict=True)
         return len(rows[0]) > len(old[0]) and all(tuple(r[: len(o)]) == o for r, o in pairs)
-
-    def _run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        if isinstance(self.engine, OnnxEngine):
-            held: Mapping[str, Any] = self.engine.session.run_held(inputs)
-            return held
-        return self.engine(inputs)
 
     def _whole(self, rows: Sequence[Sequence[int]]) -> Tensor:
         if len({len(row) for row in rows}) > 1:

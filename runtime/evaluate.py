@@ -10,13 +10,15 @@ compares sentence embeddings with those of another program, text by text.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ftc.graph.cached import is_cached
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Program
 
@@ -24,6 +26,7 @@ from .console import plural
 from .engine import Engine
 from .examples import Example, read_examples
 from .lengths import cut_texts
+from .past import past_of
 from .predict import embed, labels, logits_output
 from .text import encode, need_tokenizer, pad
 
@@ -171,7 +174,7 @@ def negative_log_likelihood(
     progress: Progress = lambda _: None,
 ) -> float:
     """Sum of ``-log p`` over every token of every window but its first, in nats."""
-    name, total = logits_output(engine.program), 0.0
+    total = 0.0
     groups: dict[int, list[Sequence[int]]] = {}
     for window in windows:
         groups.setdefault(len(window), []).append(window)
@@ -179,14 +182,34 @@ def negative_log_likelihood(
     for group in groups.values():
         for start in range(0, len(group), _BATCH["perplexity"]):
             batch = group[start : start + _BATCH["perplexity"]]
-            inputs = pad(batch, engine.program.signature, found)
-            logits = engine(inputs)[name]
-            for row, ids in zip(logits, inputs["input_ids"], strict=True):
-                chosen = row[:-1].gather(1, ids[1:, None])[:, 0].double()
-                total += float((row[:-1].double().logsumexp(-1) - chosen).sum())
+            for scores, ids in _scored(engine, batch, found):
+                chosen = scores.gather(-1, ids[..., None])[..., 0].double()
+                total += float((scores.double().logsumexp(-1) - chosen).sum())
             done += len(batch)
             progress(f"perplexity: {done} of {len(windows)} windows ({engine.label})")
     return total
+
+
+def _scored(
+    engine: Engine, batch: Sequence[Sequence[int]], found: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores ``[.., vocabulary]`` and the tokens ``[..]`` they are for, of texts of one length.
+
+    A cached program that scores the last token only reads one token after the other.
+    """
+    signature = engine.program.signature
+    if not is_cached(signature):
+        inputs = pad(batch, signature, found)
+        logits = engine(inputs)[logits_output(engine.program)]
+        yield logits[:, :-1], inputs["input_ids"][:, 1:]
+        return
+    ids, run, past = torch.tensor(batch), past_of(engine), None
+    mask = torch.ones_like(ids)
+    piece = 1 if signature.outputs[0].shape[1] == 1 else ids.shape[1] - 1
+    for start in range(0, ids.shape[1] - 1, piece):
+        end = start + piece
+        scores, past = run(ids[:, start:end], mask[:, :end], past)
+        yield scores, ids[:, start + 1 : end + 1]
 
 
 def _accuracies(

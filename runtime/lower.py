@@ -24,6 +24,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor, fx
 
 from ftc.graph import shapes
+from ftc.graph.cached import IN_PLACE
 from ftc.graph.errors import LoweringError
 from ftc.graph.program import Program
 from ftc.graph.provenance import describe
@@ -32,6 +33,7 @@ from .lowering import Emitter, Unsupported
 from .lowering.decompose import decompose
 from .lowering.file import save_onnx
 from .lowering.finish import alive, fold_views
+from .lowering.grouped import writes_in_place
 from .lowering.rotary import find_rotary
 from .lowering.table import STORAGE_ARGUMENTS, translation
 
@@ -45,9 +47,7 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _log = logging.getLogger("ftc.lower")
 
 
-def lower(
-    program: Program, dialect: Dialect = "onnxruntime", *, in_place: bool = False
-) -> ir.Model:
+def lower(program: Program, dialect: Dialect = "onnxruntime") -> ir.Model:
     """The ONNX model of ``program``.
 
     Args:
@@ -55,8 +55,6 @@ def lower(
             a clone. Weights are shared, so it must not change until the model is saved.
         dialect: ``standard`` emits operators of ONNX itself only, for other runtimes;
             ``onnxruntime`` also those of onnxruntime that are faster.
-        in_place: of a cached program, attention that writes into the buffers of keys and
-            values where past and present are one; for ``onnxruntime`` only.
 
     Returns:
         A model whose inputs and outputs are named and shaped as the signature
@@ -69,9 +67,7 @@ def lower(
     if shapes.fake_mode(program.graph) is None:
         program = program.clone()
         shapes.propagate(program.module, program.signature)
-    standard = dialect == "standard"
-    writes = in_place and not standard and "cached" in program.facts
-    return _Lowering(program, standard, writes).run()
+    return _Lowering(program, dialect == "standard").run()
 
 
 def decomposed(model: ir.Model) -> tuple[str, ...]:
@@ -83,9 +79,9 @@ def decomposed(model: ir.Model) -> tuple[str, ...]:
 class _Lowering:
     """The walk over one program."""
 
-    def __init__(self, program: Program, standard: bool, in_place: bool) -> None:
+    def __init__(self, program: Program, standard: bool) -> None:
         self.program = program
-        self.emitter = Emitter(program, standard, in_place)
+        self.emitter = Emitter(program, standard)
         self.decomposed: dict[str, None] = {}
         self.wholes = find_rotary(program)
 
@@ -224,6 +220,8 @@ class _Lowering:
             opset_imports={"": OPSET} | {node.domain: 1 for node in nodes if node.domain},
         )  # fmt: skip
         metadata = {}
+        if writes_in_place(self.program.signature, inputs, outputs):
+            metadata |= [IN_PLACE]
         if self.decomposed:
             metadata["decomposed"] = ", ".join(sorted(self.decomposed))
             _log.info("lowered through decompositions: %s", metadata["decomposed"])

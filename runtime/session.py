@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ftc.graph.cached import IN_PLACE
 from ftc.graph.errors import SourceError, UsageError, nearest
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class OnnxSession:
     Attributes:
         input_names, output_names: in the model's order.
         input_shapes: sizes and names of dynamic dimensions, by input.
+        in_place: whether past and present of a cache may be one buffer.
 
     Raises:
         SourceError: when the file is missing or onnxruntime refuses it.
@@ -61,6 +63,8 @@ class OnnxSession:
             i.name: tuple(i.shape) for i in inputs
         }
         self._kinds = {i.name: _KINDS.get(i.type) for i in inputs}
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.in_place: bool = IN_PLACE in metadata.items()
 
     def run(self, inputs: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> dict[str, Tensor]:
         """Outputs by name.
@@ -113,6 +117,10 @@ class OnnxSession:
             raise _refused(error, arrays) from error
         return dict(zip(self.output_names, results, strict=True))
 
+    def binding(self) -> Binding:
+        """Inputs and outputs in the caller's own memory."""
+        return Binding(self._session)
+
     def _check_dimensions(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """One size for each named dimension, which onnxruntime does not check by itself."""
         sizes: dict[str, tuple[int, str]] = {}
@@ -144,6 +152,51 @@ class OnnxSession:
             )
         array: np.ndarray[Any, Any] = tensor.detach().cpu().contiguous().numpy()
         return array
+
+
+class Binding:
+    """Runs a session on arrays that stay where they are.
+
+    Args:
+        session: of onnxruntime.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._session, self._held = session, session.io_binding()
+        self._kept: dict[str, Any] = {}
+
+    def inputs(self, given: Mapping[str, Tensor]) -> None:
+        """Tensors that are read at the next run."""
+        for name, tensor in given.items():
+            self._held.bind_ortvalue_input(name, self._value(name, tensor.contiguous().numpy()))
+
+    def output(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        """An array that is written by the next run."""
+        self._held.bind_ortvalue_output(name, self._value(name, array))
+
+    def both(self, given: str, made: str, array: np.ndarray[Any, Any]) -> None:
+        """An array that is an input and, written, an output, of this run and those after it."""
+        value = self._value(given, array)
+        self._held.bind_ortvalue_input(given, value)
+        self._held.bind_ortvalue_output(made, value)
+
+    def run(self) -> None:
+        """Runs once.
+
+        Raises:
+            UsageError: for what onnxruntime refuses.
+        """
+        try:
+            self._session.run_with_iobinding(self._held)
+        except Exception as error:
+            arrays = {name: value.numpy() for name, value in self._kept.items()}
+            raise _refused(error, arrays) from error
+
+    def _value(self, name: str, array: np.ndarray[Any, Any]) -> Any:
+        from onnxruntime import OrtValue
+
+        self._kept[name] = OrtValue.ortvalue_from_numpy(array)
+        return self._kept[name]
 
 
 def _open(model: Any, threads: int | None) -> Any:

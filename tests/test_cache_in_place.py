@@ -1,19 +1,34 @@
-"""A cache in one buffer: attention writes behind what is there, and gives what the graph gives."""
+"""A cache in buffers: attention writes behind what is there, and gives what the graph gives."""
 
 from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ftc.graph.cached import Names, pad_left, run_in_pieces, states, step_inputs
+from ftc.graph.cached import pad_left, states
+from ftc.graph.program import Program
 from ftc.passes.cache import Cache
-from ftc.runtime.lower import lower
+from ftc.runtime.engine import OnnxEngine, TorchEngine
+from ftc.runtime.evaluate import negative_log_likelihood
+from ftc.runtime.lower import lower, save_onnx
+from ftc.runtime.past import HandedOn, InPlace, past_of
 from ftc.runtime.session import OnnxSession
 from ftc.tests.families import captured
 
-ROOM = 16
-FAMILIES = ["llama", "qwen3", "gpt2", "gemma2"]
+FAMILIES = ["llama", "qwen3", "gpt2", "falcon-grouped", "falcon-alibi", "phi"]
+
+
+@functools.cache
+def cached(name: str) -> tuple[Program, OnnxSession]:
+    program = Cache()(captured(name)[1]).program
+    return program, OnnxSession(lower(program))
 
 
 def rows_of(*lengths: int) -> list[torch.Tensor]:
@@ -21,49 +36,108 @@ def rows_of(*lengths: int) -> list[torch.Tensor]:
     return [torch.randint(3, 99, (n,), generator=generator) for n in lengths]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_copied_or_in_one_buffer_it_is_the_graph(name):
-    """Rows of 9, 6 and 1 tokens, in pieces of 4, 3, 1 and 1."""
-    program = Cache()(captured(name)[1]).program
-    model = lower(program, in_place=True)
-    grouped = [n for n in model.graph if n.op_type == "GroupQueryAttention"]
-    if name == "llama":
-        assert len(grouped) == len(states(program.signature)) / 2
-    session = OnnxSession(model)
-    rows, pieces = rows_of(9, 6, 1), [4, 3, 1, 1]
-    with torch.no_grad():
-        wanted = run_in_pieces(program, rows, pieces)["logits"]
-    got = run_in_pieces(session, rows, pieces, program.signature)["logits"]
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
-    if len(grouped) == len(states(program.signature)) / 2:
-        shared = _in_one_buffer(program.signature, session, rows, pieces)
-        torch.testing.assert_close(shared, wanted, atol=1e-4, rtol=1e-4)
-
-
-def _in_one_buffer(signature, session, rows, pieces):
-    from onnxruntime import OrtValue
-
-    raw = session._session
+def in_pieces(past, rows, pieces):
+    """Scores after each piece, of rows that have begun."""
     ids, mask = pad_left(rows)
-    buffers = {
-        spec.name: OrtValue.ortvalue_from_numpy(
-            np.full((len(rows), spec.shape[1], ROOM, spec.shape[3]), np.nan, np.float32)
-        )
-        for spec in states(signature)
-    }
-    start = 0
+    kept, start, found = None, 0, []
     for piece in pieces:
         end = start + piece
-        binding = raw.io_binding()
-        for name, given in step_inputs(signature, ids[:, start:end], mask[:, :end], {}).items():
-            if name not in buffers:
-                binding.bind_cpu_input(name, given.contiguous().numpy())
-        for number in range(len(buffers) // 2):
-            for past, present in zip(Names.past(number), Names.present(number), strict=True):
-                binding.bind_ortvalue_input(past, buffers[past])
-                binding.bind_ortvalue_output(present, buffers[past])
-        binding.bind_output(signature.output_names[0])
-        raw.run_with_iobinding(binding)
+        scores, kept = past(ids[:, start:end], mask[:, :end], kept)
+        found.append(scores[mask[:, end - 1] == 1])
         start = end
-    found = [o for o in binding.get_outputs() if o.shape()[1] == 1 and len(o.shape()) == 3]
-    return torch.from_numpy(found[0].numpy())
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_attention_writes_in_place(name):
+    program, session = cached(name)
+    model = lower(program)
+    grouped = [n for n in model.graph if n.op_type == "GroupQueryAttention"]
+    assert len(grouped) == len(states(program.signature)) / 2
+    assert session.in_place and not OnnxSession(lower(program, "standard")).in_place
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_in_buffers_or_handed_on_it_is_the_graph(name, data):
+    """Three rows of different length in pieces, past where buffers are copied into longer ones."""
+    program, session = cached(name)
+    pieces = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
+    rows = rows_of(sum(pieces), max(1, sum(pieces) - 3), 1)
+    with torch.no_grad():
+        wanted = in_pieces(past_of(TorchEngine(program)), rows, pieces)
+    handed = in_pieces(HandedOn(program, session.run_held), rows, pieces)
+    buffers = in_pieces(small(InPlace(program, session)), rows, pieces)
+    torch.testing.assert_close(handed, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(buffers, wanted, atol=1e-4, rtol=1e-4)
+
+
+def small(past: InPlace) -> InPlace:
+    """Its buffers get room for two tokens more than they need, of which nothing is known."""
+    made = past._make_room
+
+    def make_room(batch: int, total: int, kept: int) -> None:
+        past._limit = total + 2
+        made(batch, total, kept)
+        for buffer in past._buffers.values():
+            buffer[:, :, kept:] = np.nan
+
+    past._make_room = make_room  # type: ignore[method-assign]
+    return past
+
+
+def test_nothing_is_copied_between_tokens():
+    program, session = cached("llama")
+    past = InPlace(program, session)
+    ids, mask = pad_left(rows_of(5))
+    past(ids, mask, None)
+    buffers = {name: array.ctypes.data for name, array in past._buffers.items()}
+    for length in range(6, 40):
+        past(ids[:, :1], torch.ones(1, length, dtype=torch.int64), past)
+        now = {name: array.ctypes.data for name, array in past._buffers.items()}
+        assert now == buffers
+
+
+def test_room_ends_where_positions_end():
+    program, session = cached("gpt2")
+    past = InPlace(program, session)
+    ids, mask = pad_left(rows_of(50))
+    past(ids, mask, None)
+    assert past._room == 64
+    again = past(ids[:, :3], mask[:, :3], None)[0]  # shorter texts take the buffers as they are
+    torch.testing.assert_close(again, InPlace(program, session)(ids[:, :3], mask[:, :3], None)[0])
+
+
+def test_a_step_that_fails_leaves_the_past(monkeypatch):
+    program, session = cached("llama")
+    past, other = InPlace(program, session), InPlace(program, session)
+    (row,) = rows_of(9)
+    ids, mask = row[None], torch.ones(1, 9, dtype=torch.int64)
+    for each in (past, other):
+        each(ids[:, :6], mask[:, :6], None)
+    run = past._binding.run
+
+    def interrupted() -> None:
+        run()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(past._binding, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        past(torch.full((1, 2), 7), mask[:, :8], past)
+    monkeypatch.setattr(past._binding, "run", run)
+    wanted = other(ids[:, 6:], mask, other)[0]
+    torch.testing.assert_close(past(ids[:, 6:], mask, past)[0], wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_perplexity_through_the_cache_is_that_of_the_whole(name):
+    program, _ = cached(name)
+    windows = [row.tolist() for row in rows_of(20, 20, 13)]
+    whole = negative_log_likelihood(TorchEngine(captured(name)[1]), windows, None)
+    through = negative_log_likelihood(TorchEngine(program), windows, None)
+    assert through == pytest.approx(whole, rel=1e-5)
+    with tempfile.TemporaryDirectory() as folder:
+        save_onnx(lower(program), path := Path(folder) / "model.onnx")
+        written = negative_log_likelihood(OnnxEngine(program, path, 1), windows, None)
+    assert written == pytest.approx(whole, rel=1e-5)

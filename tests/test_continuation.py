@@ -75,7 +75,7 @@ class Counting:
         self.read: list[int] = []
         run = decoder._run
         monkeypatch.setattr(
-            decoder, "_run", lambda x: (self.read.append(x["input_ids"].shape[1]), run(x))[1]
+            decoder, "_run", lambda *x: (self.read.append(x[0].shape[1]), run(*x))[1]
         )
 
 

@@ -9,7 +9,8 @@ A row whose mask excludes everything is 0, as in torch.
 
 Keys and values that go on from earlier ones, ``[K_past; K]``, are joined by the operator
 itself, which gives both joined as results too: the new ones come to it as they are
-computed, with no operator between that splits heads, turns axes or copies.
+computed, with no operator between that splits heads, turns axes or copies. Where past and
+present may share a buffer they are written there (:mod:`ftc.runtime.lowering.grouped`).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def attention(
     mask = None if attn_mask is None else _mask(e, attn_mask, e.dims(query)[2], e.dims(key)[2])
     how = {"scale": float(scale), "is_causal": int(is_causal)}
     whole = (key, value)
-    past: tuple[Value, ...] = ()
+    past: tuple[Value, Value] | None = None
     if not is_causal and (parts := _past_and_new(e, key, value)) is not None:
         past, (key, value) = parts
     operands: list[Value] = [query, key, value]
@@ -58,22 +59,58 @@ def attention(
     if len(unsplit) == 3:
         operands = unsplit
         how |= {"q_num_heads": e.dims(query)[1], "kv_num_heads": e.dims(key)[1]}
-    made = None
-    if e.in_place and past and len(unsplit) == 3 and mask is not None:
-        heads, depth = e.dims(query)[1], e.dims(value)[3]
-        made = grouped(e, operands, mask, past, heads, e.dims(key)[1], depth, float(scale))
-    if made is None:
-        made = e.op("Attention", *operands, mask, *past, outputs=3 if past else 1, **how)
-    y = made[0] if past else made
     if past:
-        for joined, present in zip(whole, made[1:], strict=True):
-            e.replace(joined, present)
+        y, *present = _cached(e, operands, mask, past, how)
+        for joined, made in zip(whole, present, strict=True):
+            e.replace(joined, made)
+    else:
+        y = e.op("Attention", *operands, mask, **how)
     if len(unsplit) < 3:
         return y  # type: ignore[no-any-return]
     batch, heads, length, _ = e.dims(query)
     depth = e.dims(value)[3]
     e.describe(y, e.dtype(query), (batch, length, heads * depth))
     return e.transpose(e.reshape(y, [batch, length, heads, depth]), HEADS_FIRST)
+
+
+def _cached(
+    e: Emitter, operands: list[Value], mask: Value | None, past: tuple[Value, Value],
+    how: dict[str, Any],
+) -> tuple[Value, Value, Value]:  # fmt: skip
+    """Attended values, all keys and all values: written in place where that is legal.
+
+    ``Attention``, which joins them, is given a scale of 1. One query is multiplied by many keys:
+    onnxruntime does that in half the time, without packing them first, where there is no
+    other factor. So the scale goes into the query.
+    """
+    if not e.standard and mask is not None and "kv_num_heads" in how:
+        found = grouped(e, operands, mask, past, how)
+        if found is not None:
+            return found
+    query, key, value = operands
+    query, how = _scaled(e, query, how["scale"]), how | {"scale": 1.0}
+    made: tuple[Value, Value, Value] = e.op(
+        "Attention", query, key, value, mask, *past, outputs=3, **how
+    )
+    return made
+
+
+def _scaled(e: Emitter, query: Value, scale: float) -> Value:
+    """``scale * query``; of one that is turned, the cosines and sines are multiplied, once."""
+    factor = e.const(scale, e.dtype(query))
+    turn = query.producer()
+    if (
+        turn is None
+        or turn.op_type != "RotaryEmbedding"
+        or "rotary_embedding_dim" in turn.attributes
+    ):
+        return e.op("Mul", query, factor, dims=e.dims(query))  # type: ignore[no-any-return]
+    x, *waves = turn.inputs
+    heads = turn.attributes.get("num_heads")
+    longer = [e.op("Mul", wave, factor) for wave in waves]
+    turned: Value = e.op("RotaryEmbedding", x, *longer, dims=e.dims(query),
+                         num_heads=heads.as_int() if heads is not None else None)  # fmt: skip
+    return turned
 
 
 def _past_and_new(

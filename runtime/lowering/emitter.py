@@ -46,13 +46,12 @@ class Emitter:
         nodes: emitted nodes, in order.
         initializers: weights and constants, in order.
         sizes: symbolic sizes (:class:`~ftc.runtime.lowering.sizes.Sizes`).
-        in_place: whether attention may write into the buffers of a cache.
-        replaced: values with an equal one made later, for outputs.
+        replaced: values with an equal one made later, which an output is taken from.
         standard: whether only operators of ONNX itself may be emitted.
     """
 
-    def __init__(self, program: Program, standard: bool = False, in_place: bool = False) -> None:
-        self.standard, self.in_place = standard, in_place
+    def __init__(self, program: Program, standard: bool = False) -> None:
+        self.standard = standard
         self.node: fx.Node | None = None
         self.out: Any = None
         self.nodes: list[ir.Node] = []

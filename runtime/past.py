@@ -1,0 +1,115 @@
+"""Keys and values of earlier tokens, between two runs of a cached program.
+
+Either what a run returns as present is handed to the next as past, or past and present are
+one buffer with room for more tokens, and a run writes behind what is there: nothing is
+copied then, and a token costs what reading its past costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ftc.graph.cached import present_of, states, step_inputs, token_limit
+from ftc.graph.program import Program
+
+from .engine import Engine, OnnxEngine
+
+_LEAST = 64  # tokens that fit in beyond those that are there
+
+
+class Past(Protocol):
+    """Runs a cached program, and keeps keys and values where that program finds them again."""
+
+    def __call__(self, ids: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
+        """One step.
+
+        Args:
+            ids: of the new tokens, ``[batch, new]``.
+            mask: of past and new tokens, ``[batch, past + new]``.
+            past: what the step before returned; None at the beginning of texts.
+
+        Returns:
+            The program's first output, and what the next step takes. A step that does not
+            return leaves the past of the one before as it was.
+        """
+        ...
+
+
+def past_of(engine: Engine) -> Past:
+    """How an engine keeps the past of its cached program."""
+    if isinstance(engine, OnnxEngine):
+        if engine.session.in_place:
+            return InPlace(engine.program, engine.session)
+        return HandedOn(engine.program, engine.session.run_held)
+    return HandedOn(engine.program, engine)
+
+
+class HandedOn:
+    """What one run returns is what the next is given.
+
+    Args:
+        program: a cached one.
+        run: outputs by name, of inputs by name.
+    """
+
+    def __init__(self, program: Program, run: Callable[[Mapping[str, Any]], Mapping[str, Any]]):
+        self._signature, self._run = program.signature, run
+
+    def __call__(self, ids: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
+        """One step: see :class:`Past`."""
+        found = self._run(step_inputs(self._signature, ids, mask, past or {}))
+        scores = found[self._signature.output_names[0]]
+        scores = scores if isinstance(scores, Tensor) else torch.from_numpy(scores.numpy())
+        return scores, {s.name: found[present_of(s.name)] for s in states(self._signature)}
+
+
+class InPlace:
+    """Buffers of onnxruntime, bound once as past and as present.
+
+    They get a half more than is needed, and are copied into longer ones when they are full:
+    a text of ``n`` tokens is copied three times over in all.
+
+    Args:
+        program: a cached one.
+        session: of its file, which may be written in place.
+    """
+
+    def __init__(self, program: Program, session: Any) -> None:
+        self._signature = program.signature
+        self._limit = token_limit(program.signature)
+        self._session, self._binding = session, session.binding()
+        self._buffers: dict[str, np.ndarray[Any, Any]] = {}
+        self._batch = self._room = 0
+
+    def __call__(self, ids: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
+        """One step: see :class:`Past`."""
+        batch, total = mask.shape
+        if batch != self._batch or total > self._room:
+            self._make_room(batch, total, total - ids.shape[1])
+        given = step_inputs(self._signature, ids, mask, self._buffers)
+        self._binding.inputs({n: t for n, t in given.items() if n not in self._buffers})
+        scores = self._signature.outputs[0]
+        shape = (batch, ids.shape[1] if scores.shape[1] != 1 else 1, scores.shape[2])
+        found = torch.empty(shape, dtype=scores.dtype)
+        self._binding.output(scores.name, found.numpy())
+        self._binding.run()
+        return found, self
+
+    def _make_room(self, batch: int, total: int, kept: int) -> None:
+        """Longer buffers, with ``kept`` tokens of the old ones in them."""
+        room = total + max(_LEAST, total // 2)
+        room = room if self._limit is None else max(total, min(room, self._limit))
+        for spec in states(self._signature):
+            old = self._buffers.get(spec.name)
+            sizes: Any = (batch, spec.shape[1], room, spec.shape[3])
+            new = torch.empty(sizes, dtype=spec.dtype).numpy()
+            if old is not None and len(old) == batch:
+                new[:, :, :kept] = old[:, :, :kept]
+            self._binding.both(spec.name, present_of(spec.name), new)
+            self._buffers[spec.name] = new
+        self._batch, self._room = batch, room
