@@ -215,7 +215,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of what is made and judged")
     parser.add_argument("--only", default="", help="routes whose name has these words")
-    parser.add_argument("--threads", type=lambda t: [int(n) for n in t.split(",")], default=[1, 2])
+    parser.add_argument(
+        "--threads",
+        type=lambda t: [int(n) for n in t.split(",")],
+        default=[1, 2],
+        help="numbers of them",
+    )
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--windows", type=int, default=8, help="of 128 tokens, for perplexity")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -227,6 +227,9 @@ def _openvino(folder: Path, threads: int) -> Speaker:
     def run(ids: list[int], past: Any) -> tuple[Any, Any]:
         if past is None:
             request.reset_state()
+            for each in request.query_state():  # which begins with a batch of 0
+                _, heads, _, width = each.state.shape
+                each.state = ov.Tensor(np.zeros((1, heads, 0, width), np.float32))
         before = past or 0
         feed = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64),
                 "past_mask": np.ones((1, before), np.int64)}  # fmt: skip
@@ -240,4 +243,5 @@ ROUTES = {
     "OpenVINO int4": Route(_build_openvino, _openvino, (".xml", ".bin")),
     "onnxruntime-genai int4": Route(_build_genai, _genai, (".onnx", ".data")),
     "ftc int4": Route(_compiled("int4"), _ftc, (".onnx", ".data")),
+    "ftc int4{keep=false}": Route(_compiled("int4{keep=false}"), _ftc, (".onnx", ".data")),
 }

