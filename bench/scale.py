@@ -1,15 +1,19 @@
-"""Several processes on this machine over gloo: peak memory of DDP and FSDP2, and a pipeline's step.
+"""Several processes on this machine over gloo: memory, timelines and balance, measured.
 
-    python bench/scale.py --memory           peak resident size of each process, 2 processes
-    python bench/scale.py --steps            seconds of a step of each schedule, 2 and 4 processes
+    python bench/scale.py --memory     peak resident size of a process of each mesh, 2 processes
+    python bench/scale.py --timeline   seconds of a step beside the simulated ones, 2, 4 processes
+    python bench/scale.py --balance    stages of 24 uneven layers: largest beside the mean
 
-The model is a random decoder. Four processes on fewer than four cores share them:
-a step then takes what its work takes, and the schedule does not show.
+Without one of them all are run; ``--json FILE`` and ``--picture FILE`` keep what was found.
+Every process has one thread. Processes that share cores are simulated so: at a moment when n
+of them compute on c cores each is c / n as fast, and where two cores slow each other down
+(they may share an arithmetic unit) that is measured first and taken into account.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import socket
@@ -19,32 +23,121 @@ import time
 from pathlib import Path
 from typing import Any
 
-LAYERS, ROWS, LENGTH, STEPS = 12, 4, 64, 4
+LAYERS, ROWS, LENGTH, STEPS, MICROBATCHES = 12, 4, 64, 5, 8
+MESHES = ("dp=2", "fsdp=2", "tp=2", "pp=2")
+PIPELINES = ((2, "gpipe"), (2, "1f1b"), (2, "zero-bubble"), (4, "gpipe"), (4, "1f1b"))
 
 
 def main() -> None:
-    """Prints a table."""
+    """Prints a table for each part."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--memory", action="store_true", help="peak memory of DDP and FSDP2")
-    parser.add_argument("--steps", action="store_true", help="seconds of a step of a pipeline")
+    for part in ("memory", "timeline", "balance"):
+        parser.add_argument(f"--{part}", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--picture", type=Path, metavar="FILE")
     asked = parser.parse_args()
+    every = not (asked.memory or asked.timeline or asked.balance)
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "program"
-        if asked.memory:
-            run(1, save, folder, 720, 8000)
-            peaks = {mesh: max(run(2, peak, folder, mesh)) for mesh in ("dp=2", "fsdp=2")}
-            for mesh, size in peaks.items():
-                print(f"{mesh:8} peak {size / 1e6:7.0f} MB  {size / peaks['dp=2']:.2f} of DDP's")
-        if asked.steps:
-            run(1, save, folder, 256, 2000)
-            for mesh, schedule in (("pp=1", "1f1b"), ("pp=2", "gpipe"), ("pp=2", "1f1b"),
-                                   ("pp=4", "gpipe"), ("pp=4", "1f1b")):  # fmt: skip
-                seconds = max(run(int(mesh[3:]), step, folder, mesh, schedule))
-                print(f"{mesh} {schedule:6} {seconds:.3f} s a step of 8 microbatches")
+        if asked.memory or every:
+            found["memory"] = memory(folder)
+        if asked.timeline or every:
+            found["timeline"] = timeline(folder)
+        if asked.balance or every:
+            found["balance"] = run(1, balance)[0]
+            for each in found["balance"]:
+                print("{device:5} {stages} stages: largest {measured:.3f} of the mean, "
+                      "said {said:.3f}".format(**each))  # fmt: skip
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if asked.picture:
+        draw(found, asked.picture)
 
 
-def save(folder: Path, width: int, words: int) -> None:
-    """Writes a random decoder."""
+def memory(folder: Path) -> dict[str, Any]:
+    """Peak resident megabytes of the largest process of each mesh."""
+    size = run(1, save, folder, 720, 8000)[0]
+    found: dict[str, Any] = {"parameters": size / 2**20}
+    for mesh in MESHES:
+        found[mesh] = max(run(2, peak, folder, mesh)) / 1e6
+        print(f"{mesh:8} peak {found[mesh]:6.0f} MB, {found[mesh] / found['dp=2']:.2f} of DDP's, "
+              f"{size / 2**20:.0f} MiB of parameters", flush=True)  # fmt: skip
+    return found
+
+
+def timeline(folder: Path) -> list[dict[str, Any]]:
+    """Measured and simulated seconds of a step of each pipeline."""
+    run(1, save, folder, 256, 2000)
+    cores = len(os.sched_getaffinity(0))
+    alone, both = run(1, product)[0], max(run(2, product))
+    slower = both / alone
+    print(f"{cores} cores; with both busy each product takes {slower:.2f} of its time alone")
+    found = []
+    for count, schedule in PIPELINES:
+        results = run(count, step, folder, f"pp={count}", schedule)
+        measured = max(each[0] for each in results)
+        stages = max((each[1] for each in results), key=len)  # the first process knows them
+        said = shared(schedule, stages, cores, slower)
+        found.append({"processes": count, "schedule": schedule, "measured": measured,
+                      "simulated": said, "cores": cores, "slower": slower})  # fmt: skip
+        print(f"pp={count} {schedule:12} measured {measured:.3f} s, simulated {said:.3f} s: "
+              f"{said / measured - 1:+.0%}", flush=True)  # fmt: skip
+    return found
+
+
+def shared(schedule: Any, stages: Any, cores: int, slower: float) -> float:
+    """Seconds of a step where devices share ``cores``; the order of work is the simulation's."""
+    from ftc.graph.timeline import StageTime, order
+
+    times = [StageTime(*each) for each in stages]
+    devices = len(times)
+    todo = [order(schedule, rank, devices, devices, MICROBATCHES) for rank in range(devices)]
+    done: dict[Any, float] = {}
+    left: list[float | None] = [None] * devices
+    now = 0.0
+    while any(todo):
+        for rank, works in enumerate(todo):
+            if works and left[rank] is None and ready(works[0], times, done) <= now:
+                left[rank] = seconds(works[0], times, split=schedule == "zero-bubble")
+        busy = [rank for rank in range(devices) if left[rank] is not None]
+        rate = 1.0 if len(busy) < 2 else min(1.0, cores / len(busy)) / slower
+        ends = [now + (left[rank] or 0.0) / rate for rank in busy]
+        waits = [ready(w[0], times, done) for r, w in enumerate(todo) if w and left[r] is None]
+        later = min([*ends, *(t for t in waits if now < t < float("inf"))])
+        for rank in busy:
+            left[rank] = (left[rank] or 0.0) - (later - now) * rate
+            if (left[rank] or 0.0) <= 1e-12:
+                done[todo[rank].pop(0)], left[rank] = later, None
+        now = later
+    return now
+
+
+def ready(work: Any, times: Any, done: dict[Any, float]) -> float:
+    """When what ``work`` needs has arrived; infinity while that is not known."""
+    kind, stage, number = work
+    never = float("inf")
+    if kind == "weights":
+        return done.get(("backward", stage, number), never)
+    if kind == "forward":
+        return done.get((kind, stage - 1, number), never) + times[stage - 1].send if stage else 0.0
+    if stage == len(times) - 1:
+        return done.get(("forward", stage, number), never)
+    return done.get((kind, stage + 1, number), never) + times[stage].send
+
+
+def seconds(work: Any, times: Any, *, split: bool) -> float:
+    """Of one piece of work on a core of its own."""
+    time_of = times[work[1]]
+    if work[0] == "forward":
+        return float(time_of.forward)
+    if work[0] == "weights":
+        return float(time_of.weights)
+    return float(time_of.backward - (time_of.weights if split else 0.0))
+
+
+def save(folder: Path, width: int, words: int) -> int:
+    """Writes a random decoder; bytes of its parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,23 +150,46 @@ def save(folder: Path, width: int, words: int) -> None:
     ids, dims = torch.ones(2, 6, dtype=torch.long), {0: "batch", 1: "sequence"}
     program = capture(model, task="causal-lm", examples={"input_ids": ids},
                       dynamic={"input_ids": dims}, ranges={"input_ids": words})  # fmt: skip
-    size = sum(t.nbytes for _, t in program.tensors())
-    print(f"{size / 2**20:.0f} MiB of parameters, {LAYERS} layers", flush=True)
     save_bundle(program, folder, force=True)
+    return sum(t.nbytes for _, t in program.tensors())
 
 
-def step(folder: Path, mesh: str, schedule: str) -> float:
-    """Median seconds of a step of eight microbatches."""
-    engine, batch, world = made(folder, mesh, schedule)
+def step(folder: Path, mesh: str, schedule: str) -> tuple[float, list[tuple[float, ...]]]:
+    """Median seconds of a step, and forward, backward, weights and send of each stage here."""
+    from ftc.graph.cut import cut
+    from ftc.graph.stage_plan import stage_costs
+    from ftc.graph.training_cost import DEVICES
+
+    engine, batch, world, program = made(folder, mesh, schedule)
     times = []
     for _ in range(STEPS + 2):
+        world.any(False)  # all of them begin together
         begin = time.perf_counter()
-        engine.gradients([batch] * 8)
+        engine.gradients([batch] * MICROBATCHES)
         times.append(time.perf_counter() - begin)
-        for parameter in engine.parameters().values():
-            parameter.grad = None
+    stages: list[tuple[float, ...]] = []
+    if world.main:
+        sizes, here = {"batch": ROWS, "sequence": LENGTH}, DEVICES["here"]
+        for cost in stage_costs(program, cut(program), sizes, here):
+            time_of = cost.time_on(here)
+            stages.append((time_of.forward, time_of.backward, time_of.weights, time_of.send))
+    world.any(False)
     world.leave()
-    return sorted(times[2:])[STEPS // 2]
+    return sorted(times[2:])[STEPS // 2], stages
+
+
+def product() -> float:
+    """Seconds of a product that fills a core."""
+    import torch
+
+    x, best = torch.randn(512, 512), float("inf")
+    end = time.time() + 3
+    while time.time() < end:
+        begin = time.perf_counter()
+        for _ in range(20):
+            x @ x
+        best = min(best, time.perf_counter() - begin)
+    return best
 
 
 def peak(folder: Path, mesh: str) -> int:
@@ -82,26 +198,28 @@ def peak(folder: Path, mesh: str) -> int:
 
     import torch
 
-    engine, batch, world = made(folder, mesh, "1f1b")
+    from ftc.runtime.memory import release
+
+    engine, batch, world, _ = made(folder, mesh, "1f1b")
+    release()
     optimizer = torch.optim.AdamW(engine.parameters().values(), fused=True)
     for _ in range(3):
-        engine.gradients([batch])
+        engine.gradients([batch] * (2 if "pp" in mesh else 1))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     world.leave()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def made(folder: Path, mesh: str, schedule: str) -> Any:
-    """This process's engine, a batch, and the processes."""
+def made(folder: Path, mesh: str, schedule: str) -> tuple[Any, Any, Any, Any]:
+    """This process's engine, a batch, the processes, and the program."""
     import torch
 
     from ftc.graph.bundle import load_bundle
-    from ftc.passes.pipeline import Pipeline
+    from ftc.passes.partition import Partition
     from ftc.runtime.training.config import TrainConfig
-    from ftc.runtime.training.engines import Mesh
+    from ftc.runtime.training.engines import Mesh, World
     from ftc.runtime.training.engines.join import make_engine
-    from ftc.runtime.training.engines.world import World
     from ftc.runtime.training.modules import owned
     from ftc.runtime.training.objectives import Batch, Scene, parse_objective
 
@@ -109,12 +227,121 @@ def made(folder: Path, mesh: str, schedule: str) -> Any:
     world = World(Mesh.parse(mesh), torch.device("cpu"), 120)
     program = load_bundle(folder)
     if world.mesh.pp > 1:
-        program = Pipeline.parse(f"partition{{stages={world.mesh.pp}}}").run(program).program
-    program = program.clone() if world.mesh.fsdp > 1 or world.mesh.pp > 1 else owned(program)
+        shape = f"batch={ROWS},sequence={LENGTH}"
+        program = Partition(stages=world.mesh.pp, shape=shape)(program).program
+    torch.manual_seed(world.data_rank)
+    program = owned(program) if mesh.startswith("dp") else program.clone()
     ids = torch.randint(2, 1000, (ROWS, LENGTH))
     batch = Batch({"input_ids": ids}, {"tokens": ids}, {"loss": float(ids.numel())}, ROWS, LENGTH)
     scene: Any = Scene(program, None)  # type: ignore[arg-type]
-    return make_engine(program, parse_objective("clm"), scene, config, world), batch, world
+    return (
+        make_engine(program, parse_objective("clm"), scene, config, world), batch, world, program,
+    )  # fmt: skip
+
+
+def balance() -> list[dict[str, Any]]:
+    """Largest stage beside the mean, of 4 and 8, planned by the roofline and by measuring."""
+    import torch
+    from torch import nn
+
+    from ftc.graph.capture import capture_module
+    from ftc.graph.cut import cut
+    from ftc.graph.stage_plan import stage_costs
+    from ftc.graph.training_cost import DEVICES
+    from ftc.passes.partition import Partition
+
+    class Decoder(nn.Module):
+        """24 layers of attention and feed-forward whose inner widths differ up to sixteenfold."""
+
+        def __init__(self, width: int = 192, words: int = 1000) -> None:
+            super().__init__()
+            inner = [(1, 16, 4, 2, 12, 8)[i % 6] * width // 2 for i in range(24)]
+            self.embed = nn.Embedding(words, width)
+            self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(48))
+            self.joined = nn.ModuleList(nn.Linear(width, 3 * width) for _ in inner)
+            self.out = nn.ModuleList(nn.Linear(width, width) for _ in inner)
+            self.up = nn.ModuleList(nn.Linear(width, n) for n in inner)
+            self.down = nn.ModuleList(nn.Linear(n, width) for n in inner)
+            self.head = nn.Linear(width, words)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)
+            rows, length, width = x.shape
+            for i in range(24):
+                parts = self.joined[i](self.norms[2 * i](x)).view(rows, length, 3, 4, width // 4)
+                q, k, v = parts.permute(2, 0, 3, 1, 4).unbind()
+                read = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+                x = x + self.out[i](read.transpose(1, 2).reshape(rows, length, width))
+                inner = nn.functional.gelu(self.up[i](self.norms[2 * i + 1](x)))
+                x = x + self.down[i](inner)
+            return self.head(x)
+
+    dims = {"ids": {0: "batch", 1: "sequence"}}
+    program = capture_module(Decoder(), {"ids": torch.randint(0, 1000, (2, 6))}, dynamic=dims,
+                             ranges={"ids": 1000})  # fmt: skip
+    found = []
+    sizes = {"batch": 8, "sequence": LENGTH}
+    for device in ("cpu", "here"):
+        for count in (4, 8):
+            shape = f"batch=8,sequence={LENGTH}"
+            after = Partition(stages=count, shape=shape, device=device)(program).program
+            stages = cut(after)
+            said = [c.seconds for c in stage_costs(after, stages, sizes, DEVICES[device])]
+            took = stage_seconds(stages, torch.randint(0, 1000, (8, LENGTH)))
+            found.append({"device": device, "stages": count, "seconds": took,
+                          "measured": max(took) * count / sum(took),
+                          "said": max(said) * count / sum(said)})  # fmt: skip
+    return found
+
+
+def stage_seconds(stages: Any, ids: Any, rounds: int = 20) -> list[float]:
+    """Seconds of each stage, forward and backward with a loss, the least of some rounds."""
+    import torch
+
+    best = [[float("inf"), float("inf")] for _ in stages]
+    for _ in range(rounds):
+        passed: Any = ()
+        runs = []
+        for i, stage in enumerate(stages):
+            received = tuple(each.detach().requires_grad_() for each in passed)
+            begin = time.perf_counter()
+            values = stage.module(*([ids] if stage.inputs else []), *received)
+            if not stage.sent:
+                flat, words = values[0].flatten(0, 1), ids.flatten()
+                values = (torch.nn.functional.cross_entropy(flat, words),)
+            best[i][0] = min(best[i][0], time.perf_counter() - begin)
+            passed = values[: len(stage.sent)]
+            runs.append((values, received))
+        gradients: Any = [torch.ones(())]
+        for i, (values, received) in reversed([*enumerate(runs)]):
+            begin = time.perf_counter()
+            torch.autograd.backward(values, gradients)
+            best[i][1] = min(best[i][1], time.perf_counter() - begin)
+            gradients = [each.grad for each in received]
+    return [sum(each) for each in best]
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """What was found as bars."""
+    from ftc.runtime.pictures import check_picture, figure_class, save_picture
+
+    check_picture(path)
+    figure = figure_class()(figsize=(4 * len(found), 3.2), layout="constrained")
+    for axes, (part, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(),
+                                  strict=True):  # fmt: skip
+        if part == "memory":
+            axes.bar(MESHES, [rows[mesh] for mesh in MESHES])
+            axes.set_title(f"peak MB, {rows['parameters']:.0f} MiB of parameters")
+            continue
+        names = [f"{r['processes']} {r['schedule']}" if part == "timeline" else
+                 f"{r['stages']} {r['device']}" for r in rows]  # fmt: skip
+        other = "simulated" if part == "timeline" else "said"
+        for shift, key in ((-0.2, "measured"), (0.2, other)):
+            axes.bar([i + shift for i in range(len(rows))], [r[key] for r in rows], 0.4, label=key)
+        axes.set_xticks(range(len(rows)), names, rotation=45, ha="right")
+        axes.set_title("seconds of a step" if part == "timeline" else "largest stage of the mean")
+        axes.legend()
+    save_picture(figure, path)
 
 
 def run(count: int, function: Any, *arguments: Any) -> list[Any]:

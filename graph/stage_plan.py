@@ -69,6 +69,7 @@ def plan_stages(
     *,
     memory: float | None = None,
     in_flight: int | None = None,
+    of_nodes: Mapping[fx.Node, NodeTraining] | None = None,
 ) -> dict[fx.Node, int]:
     """The stage of each carried node, balanced over ``count`` stages.
 
@@ -79,11 +80,12 @@ def plan_stages(
         device: what runs a stage.
         memory: bytes that a stage may hold in training, with AdamW.
         in_flight: microbatches whose values a stage keeps; by default as 1F1B does.
+        of_nodes: what :func:`training_costs` says of these sizes, where that is known.
 
     Raises:
         PreconditionError: when the graph is too small, or no cut fits in ``memory``.
     """
-    costs = training_costs(program, sizes, device)
+    costs = training_costs(program, sizes, device) if of_nodes is None else of_nodes
     computed = carried(program)
     nodes = [node for node in program.graph.nodes if node in computed]
     line = _line(program, nodes, costs, SizesAt(program, sizes), device)

@@ -9,7 +9,8 @@ Williams et al., 2009)::
 
 A product has a gradient for its input where something before it trains, and one
 for its weight where that trains; what is frozen, and all that no trained weight
-comes before, costs no backward. Memory is what a step holds: weights, their
+comes before, costs no backward. On the device ``here`` seconds are measured instead
+(:mod:`ftc.graph.measured_cost`). Memory is what a step holds: weights, their
 gradients, the optimizer's two moments, and the values that backward reads.
 """
 
@@ -25,6 +26,7 @@ from torch._ops import OpOverload
 from . import shapes
 from .cost import operations, operator_name
 from .errors import UsageError, nearest
+from .measured_cost import measured_seconds
 from .program import Program
 from .signature import Signature
 from .symbols import SizesAt
@@ -68,6 +70,7 @@ class Device:
         overhead: seconds to start an operator.
         link: bytes from one device to the next.
         latency: seconds until the first of them arrives.
+        measured: seconds of nodes are those of this machine; the rates tell nothing.
     """
 
     rate: float
@@ -75,12 +78,14 @@ class Device:
     overhead: float
     link: float
     latency: float
+    measured: bool = False
 
 
 DEVICES: Mapping[str, Device] = {
     "cpu": Device(4.4e10, 1.7e10, 4e-6, 2e9, 5e-5),
     "a100": Device(9e13, 1.4e12, 8e-6, 2e11, 1e-5),
     "h100": Device(2.5e14, 2.4e12, 8e-6, 3.5e11, 1e-5),
+    "here": Device(4.4e10, 1.7e10, 4e-6, 2e9, 5e-5, measured=True),
 }
 
 
@@ -134,7 +139,11 @@ def training_costs(
     """
     if shapes.fake_mode(program.graph) is None:
         shapes.propagate(program.module, program.signature)
-    return _Costs(program, SizesAt(program, sizes), device).run()
+    costs = _Costs(program, SizesAt(program, sizes), device).run()
+    if not device.measured:
+        return costs
+    seconds = measured_seconds(program, sizes)
+    return {node: NodeTraining(*seconds[node], cost.saved) for node, cost in costs.items()}
 
 
 def weight_bytes(program: Program) -> dict[fx.Node, tuple[str, int]]:

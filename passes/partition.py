@@ -15,7 +15,7 @@ from ftc.graph.errors import UsageError
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.stage_plan import parse_bytes, plan_stages, stage_costs
 from ftc.graph.stages import KEY
-from ftc.graph.training_cost import find_device, usual_sizes
+from ftc.graph.training_cost import find_device, training_costs, usual_sizes
 
 from .base import Context, Effect, Pass
 
@@ -33,7 +33,7 @@ class Partition(Pass):
             activations of the microbatches that 1F1B keeps): ``16GB``.
         shape: sizes of a microbatch, ``"batch=8,sequence=512"``; what is left out is a batch of 8,
             and 128 of everything else.
-        device: what runs a stage: ``cpu``, ``a100``, ``h100``.
+        device: what runs a stage: ``cpu``, ``a100``, ``h100``, or ``here``: this machine, measured.
     """
 
     name: ClassVar[str] = "partition"
@@ -57,11 +57,12 @@ class Partition(Pass):
         given = signature.parse_sizes(self.shape) if self.shape else {}
         sizes = usual_sizes(signature, **given)
         memory = None if self.memory is None else parse_bytes(self.memory)
-        planned = plan_stages(rw.program, self.stages, sizes, device, memory=memory)
+        nodes = training_costs(rw.program, sizes, device)
+        planned = plan_stages(rw.program, self.stages, sizes, device, memory=memory, of_nodes=nodes)
         for node in rw.graph.nodes:
             rw.annotate(node, KEY, planned.get(node) if self.stages > 1 else None)
         stages = cut(rw.program)
-        costs = stage_costs(rw.program, stages, sizes, device)
+        costs = stage_costs(rw.program, stages, sizes, device, nodes)
         mean = sum(each.seconds for each in costs) / len(costs)
         largest = max(each.seconds for each in costs)
         crossing = max((each.sent for each in costs[:-1]), default=0)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
 
 @contextmanager
 def collected_by_hand() -> Iterator[None]:
@@ -36,6 +38,19 @@ def release() -> None:
     """
     gc.collect()
     trim()
+
+
+def hand_back_at_once() -> None:
+    """Has large tensors handed to the system when they are freed, where the C library is glibc.
+
+    By itself it keeps what was freed in pieces of up to 32 MB. Layers that are gathered and
+    dropped again and again leave it more than they ever need at a time.
+    """
+    if sys.platform == "linux":
+        option = getattr(ctypes.CDLL(None), "mallopt", None)
+        if option is not None:
+            option(_MMAP_THRESHOLD, 1 << 18)
+            option(_TRIM_THRESHOLD, 1 << 20)
 
 
 def trim() -> None:

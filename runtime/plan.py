@@ -106,7 +106,7 @@ def plan(
         memory: of each, ``80GB``.
         batch: rows of a whole step.
         shape: sizes of the other dimensions, ``sequence=512``.
-        device: ``cpu``, ``a100``, ``h100``.
+        device: ``cpu``, ``a100``, ``h100``, or ``here``: this machine, measured.
         progress: told what is tried.
 
     Raises:
@@ -155,14 +155,19 @@ class _Cuts:
         sizes = {**self.sizes, self.rows: microbatch}
         if stages not in self._stages:
             try:
-                chosen = plan_stages(self.program, stages, self.sizes, self.hardware)
+                chosen = plan_stages(self.program, stages, self.sizes, self.hardware,
+                                     of_nodes=self._of_nodes(self.sizes))  # fmt: skip
                 self._stages[stages] = cut(self.program, chosen)
             except PreconditionError:
                 self._stages[stages] = ()
-        if microbatch not in self._nodes:
-            self._nodes[microbatch] = training_costs(self.program, sizes, self.hardware)
         return stage_costs(self.program, self._stages[stages], sizes, self.hardware,
-                           self._nodes[microbatch])  # fmt: skip
+                           self._of_nodes(sizes))  # fmt: skip
+
+    def _of_nodes(self, sizes: dict[str, int]) -> dict[fx.Node, NodeTraining]:
+        rows = sizes[self.rows]
+        if rows not in self._nodes:
+            self._nodes[rows] = training_costs(self.program, sizes, self.hardware)
+        return self._nodes[rows]
 
 
 def _ways(cuts: _Cuts, batch: int, replicas: int, devices: int) -> Iterator[Plan]:

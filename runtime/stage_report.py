@@ -62,7 +62,7 @@ def report_stages(
         source: its name in the report.
         shape: sizes of a microbatch, ``batch=8,sequence=128``.
         microbatches: of a step; twice the stages by default.
-        device: ``cpu``, ``a100``, ``h100``.
+        device: ``cpu``, ``a100``, ``h100``, or ``here``: this machine, measured.
 
     Raises:
         UsageError: for a program without stages, a wrong shape, an unknown device.

@@ -214,3 +214,19 @@ def test_what_this_program_does_not_allow_is_refused(options: dict[str, object])
 def test_bytes_as_text() -> None:
     assert parse_bytes("80GB") == 80e9 and parse_bytes("1.5 mb") == 1.5e6
     assert parse_bytes("12") == 12
+
+
+def test_costs_may_be_measured_here() -> None:
+    """What is frozen has no backward, and neither tensors nor generators are touched."""
+    program = Pipeline.parse('freeze{train="layer[1]"}').run(tiny("bert")).program
+    before = {name: tensor.clone() for name, tensor in program.tensors()}
+    state, sizes = torch.get_rng_state(), usual_sizes(program.signature, batch=2, sequence=8)
+    here = training_costs(program, sizes, DEVICES["here"])
+    said = training_costs(program, sizes, CPU)
+    for node, cost in here.items():
+        assert cost.forward > 0 and 0 <= cost.weights <= cost.backward
+        assert bool(cost.backward) == bool(said[node].backward) or not said[node].forward
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in program.tensors())
+    with pytest.raises(PreconditionError, match="does not run at"):
+        training_costs(program, {**sizes, "sequence": 128}, DEVICES["here"])

@@ -36,7 +36,7 @@ _WORDS = {"selector": "select"}
               "the schedules that run them, simulated.")  # fmt: skip
 @click.option("--microbatches", type=int, metavar="N", help="For --stages: of a step; twice the "
               "stages by default.")  # fmt: skip
-@click.option("--device", metavar="NAME", help="For --stages: cpu (the default), a100 or h100.")
+@click.option("--device", metavar="NAME", help="For --stages: cpu (default), a100, h100 or here.")
 @click.option("--picture", metavar="FILE.png", help="A picture of what --sensitivity or --stages "
               "shows.")  # fmt: skip
 @task_option

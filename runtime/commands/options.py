@@ -23,7 +23,7 @@ threads_option = click.option("--threads", type=int, metavar="N")
 def hardware_option(default: str) -> Callable[[Any], Any]:
     """``--device``: what training is planned for."""
     return click.option("--device", default=default, metavar="NAME",
-                        help=f"What runs a stage: cpu, a100 or h100; {default}.")  # fmt: skip
+                        help=f"What runs a stage: cpu, a100, h100 or here; {default}.")  # fmt: skip
 
 
 def command(function: Callable[..., Any]) -> click.Command:

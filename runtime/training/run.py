@@ -144,7 +144,9 @@ class _Run:
         data = self._loader(self.data.training, shuffle=True)
         evaluation = self._loader(self.data.evaluation) if self.data.evaluation else None
         options = _options(config, data.order.steps_per_epoch)
-        trainer = Trainer(self._engine(), self.objective, data, evaluation, options,
+        engine = self._engine()
+        release()  # what it was made from
+        trainer = Trainer(engine, self.objective, data, evaluation, options,
                           folder / CHECKPOINTS)  # fmt: skip
         if trainer.resume():
             self.notes.append(f"went on after step {trainer.state.step:,}")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ftc.graph.fold import Folded, fold
 from ftc.graph.program import Program
+from ftc.runtime.memory import hand_back_at_once
 from ftc.runtime.training.engine import EngineOptions, OneProcess, prepare
 from ftc.runtime.training.objectives.base import Batch, Objective, Scene
 
@@ -82,6 +83,7 @@ class DataParallel(OneProcess):
 
     def _shard(self) -> None:
         """Shards each layer, then what is left."""
+        hand_back_at_once()
         plain = fold(self._in_mode(training=False))
         self._evaluation = Forwards(self._folded, plain)
         shard(self._folded, self.world)
