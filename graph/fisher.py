@@ -24,7 +24,6 @@ product that narrows to a third, a ninth of the memory and of the work.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from torch import Tensor, fx
 from .drift import valid_rows
 from .matrices import input_level, input_rows, is_gather, output_rows, source
 from .observe import observe
-from .pieces import Inputs, dynamic_sizes, pieces, positions, windows
+from .pieces import Inputs, pieces, positions, random_like, sampled, windows
 from .program import Program
 
 _Add = Callable[[float, Tensor], None]
@@ -94,7 +93,8 @@ def moments(
     generator = torch.Generator().manual_seed(seed)
     parts = _parts(program, inputs, 1 - random_share, gradients)
     if random_share:
-        random = [_random_like(program, parts[0].given, seed + run) for run in range(_RANDOM_RUNS)]
+        like = partial(random_like, program.signature, parts[0].given)
+        random = [like(seed + run) for run in range(_RANDOM_RUNS)]
         parts += _parts(program, random, random_share, gradients)
     copy = program.clone()
     copy.module.requires_grad_(False)
@@ -126,8 +126,7 @@ def _parts(
     signature = program.signature
     split = pieces(signature, inputs, _AT_ONCE)
     cut = [window for given in split for window in windows(signature, given, _AT_ONCE)]
-    step = math.ceil(sum(positions(signature, window) for window in cut) / _BACKWARD)
-    back = cut[::step] if gradients else []
+    back = sampled(signature, cut, _BACKWARD) if gradients else []
     size, learned = (sum(positions(signature, given) for given in runs) for runs in (split, back))
     whole = {id(given) for given in split}
     both = whole & {id(given) for given in back}
@@ -138,12 +137,6 @@ def _parts(
 
     made = [part(given, True, id(given) in both) for given in split]
     return made + [part(given, False, True) for given in back if id(given) not in both]
-
-
-def _random_like(program: Program, given: Inputs, seed: int) -> dict[str, Tensor]:
-    """Random inputs of the sizes of ``given``."""
-    sizes = dynamic_sizes(program.signature, given)
-    return program.signature.probe(seed=seed, **sizes)
 
 
 class _Sums:

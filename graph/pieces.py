@@ -61,6 +61,16 @@ def windows(signature: Signature, given: Inputs, longest: int) -> list[Inputs]:
     return made[:1] + [each for each in made[1:] if _shows(signature, each)]
 
 
+def sampled(signature: Signature, cut: Sequence[Inputs], most: int) -> list[Inputs]:
+    """Those of ``cut``, evenly spread, that have about ``most`` positions together, or all."""
+    return list(cut[:: math.ceil(sum(positions(signature, each) for each in cut) / most)])
+
+
+def random_like(signature: Signature, given: Inputs, seed: int) -> dict[str, Tensor]:
+    """Random inputs of the sizes of ``given``."""
+    return signature.probe(seed=seed, **dynamic_sizes(signature, given))
+
+
 def _window(signature: Signature, given: Inputs, start: int, longest: int) -> Inputs:
     made = dict(given)
     for spec in signature.inputs:

@@ -13,26 +13,32 @@ from ftc.graph.matrices import POINTWISE, Matrix, is_convolution, is_gather
 from ftc.graph.program import Program
 from ftc.graph.rewriter import Rewriter
 
+from .biases import with_values
+
 aten = torch.ops.aten
 
 
-def factor(rw: Rewriter, matrix: Matrix, a: Tensor, b: Tensor) -> int:
+def factor(rw: Rewriter, matrix: Matrix, a: Tensor, b: Tensor, bias: Tensor | None = None) -> int:
     """Makes every reader of a weight read its factors; how many parameters that saves.
 
     Args:
         matrix: the weight, of ``rw``'s program.
         a: ``A [rank, in]``.
         b: ``B [out, rank]``.
+        bias: ``[out]``, of a product, in place of what it has; None: that.
     """
     old = rw.program.tensor(matrix.weight)
     if is_convolution(matrix.node):
         a, b = a.view(-1, *old.shape[1:]), b[(..., *[None] * (old.dim() - 2))]
     rw.remove_tensor(matrix.weight)
-    made = [rw.add_parameter(f"{matrix.weight}.{part}", tensor, trainable=old.requires_grad)
-            for part, tensor in (("A", a), ("B", b))]  # fmt: skip
+    inner, outer = (rw.add_parameter(f"{matrix.weight}.{part}", tensor, trainable=old.requires_grad)
+                    for part, tensor in (("A", a), ("B", b)))  # fmt: skip
     for node in matrix.nodes:
+        own = node.args[2] if len(node.args) > 2 and not is_gather(node) else None
+        if bias is not None:
+            own = with_values(rw, own, f"{matrix.weight}.bias", bias)
         with rw.at(node):
-            rw.replace(node, _factored(rw, node, *made))
+            rw.replace(node, _factored(rw, node, inner, outer, own))
     rw.program = replace(rw.program, ties=tuple(_tied(rw.program, matrix.weight)))
     return old.numel() - a.numel() - b.numel()
 
@@ -46,12 +52,11 @@ def _tied(program: Program, weight: str) -> Iterator[frozenset[str]]:
             yield tie
 
 
-def _factored(rw: Rewriter, node: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+def _factored(rw: Rewriter, node: fx.Node, a: fx.Node, b: fx.Node, bias: Any) -> fx.Node:
     """What a reader becomes."""
     args, target = node.args, cast(Any, node.target)
     if is_gather(node):  # the rows of B, then all of A
         return rw.call(aten.matmul.default, rw.call(target, b, *args[1:]), a)
-    bias = args[2] if len(args) > 2 else None
     if is_convolution(node):
         thin = rw.call(target, args[0], a, None, *args[3:])
         return rw.call(POINTWISE[target], thin, b, bias)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ftc.graph.errors import UsageError
 from ftc.graph.provenance import describe
@@ -31,6 +31,7 @@ from ftc.graph.select import select
 from ftc.graph.shapes import value
 
 from .base import Context, Effect, Pass
+from .biases import with_values
 from .budget import Levels, Search, drift_of, listed
 from .int8 import Int8
 from .quantizing import PRODUCTS_AND_TABLES, check_group_size, quantized_reader, unsupported
@@ -207,7 +208,7 @@ class Int4(Pass):
             x = sums.extended(reader, rounded.extra) if rounded.extra else None
             bias = None
             if rounded.bias is not None:
-                bias = _with_values(rw, (*reader.args, None)[2], f"{name}.bias", rounded.bias)
+                bias = with_values(rw, (*reader.args, None)[2], f"{name}.bias", rounded.bias)
             with rw.at(reader):
                 new = quantized_reader(
                     rw, reader, (data, scale, zero), how, (self.activation,), x=x, bias=bias
@@ -262,7 +263,7 @@ class _GroupSums:
         return self._made[x, extra]
 
 
-def _with_values(rw: Rewriter, bias: object, name: str, values: Tensor) -> fx.Node:
+def with_values(rw: Rewriter, bias: object, name: str, values: Tensor) -> fx.Node:
     """A bias of these values: ``bias`` itself where one product alone reads it, else ``name``."""
     if isinstance(bias, fx.Node) and len(bias.users) == 1:
         rw.set_tensor(str(bias.target), values)

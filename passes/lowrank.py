@@ -37,6 +37,7 @@ from ftc.graph.symbols import SizesAt
 from .base import Context, Effect, Pass
 from .factors import factor
 from .lowrank_budget import LeastBudget
+from .lowrank_correct import corrected_biases
 from .lowrank_metric import Measure, Method
 from .pace import Pace
 from .ranks import Curve, share_out
@@ -66,6 +67,8 @@ class LowRank(Pass):
             budget, ``plain`` elsewhere and for ``energy``.
         damping: how far the data's metric is pulled towards the plain one, above 0;
             more is safer on texts unlike the calibration's.
+        correct_bias: whether the bias of each factored product puts its mean output back
+            to what it was on calibration data; one that has none gets one.
         select: which weights, a selector: products, convolutions of one group, and where
             they are named embeddings, with a head that is tied to one.
     """
@@ -84,6 +87,7 @@ class LowRank(Pass):
     of: Literal["params", "bytes", "operations"] = "params"
     method: Literal["auto", "plain", "diagonal", "whitened", "fisher"] = "auto"
     damping: float = 0.1
+    correct_bias: bool = False
     select: str = "product - embedding"
 
     def __post_init__(self) -> None:
@@ -110,6 +114,11 @@ class LowRank(Pass):
                     f"lowrank{{{option}={number}}}: {option} is above 0",
                     fix=f"lowrank{{{option}={fix}}}",
                 )
+        if self.correct_bias and self.max_drift is not None:
+            raise UsageError(
+                "lowrank{max_drift=…,correct_bias=true}: the search for a budget does not correct",
+                fix="give the budget that it finds: lowrank{budget=…,correct_bias=true}",
+            )
         if self._shared and self.method not in ("auto", "fisher"):
             raise UsageError(
                 f"lowrank{{method={self.method}}} does not compare products with each other",
@@ -158,10 +167,10 @@ class LowRank(Pass):
         for matrix, _ in able:
             if matrix.weight not in ranks:
                 measure.forget(matrix)
-        before = rw.modified
-        saved = sum(factor(rw, m, *measure(m, w).factors(ranks[m.weight])) for m, w in able
-                    if m.weight in ranks)  # fmt: skip
-        self._say(rw, saved, rw.modified - before, len(able) - len(ranks))
+        made = ((m, measure(m, w).factors(ranks[m.weight])) for m, w in able if m.weight in ranks)
+        saved = self._factor_corrected(rw, ctx, dict(made)) if self.correct_bias else sum(
+            factor(rw, matrix, *pair) for matrix, pair in made)  # fmt: skip
+        self._say(rw, saved, len(ranks), len(able) - len(ranks))
 
     def _chosen(self, program: Program) -> tuple[list[Chosen], int]:
         """What can be factored, and how many selected weights cannot."""
@@ -169,6 +178,17 @@ class LowRank(Pass):
         found = list(matrices(program))
         able = [(m, m.of(program)) for m in found if isinstance(m, Matrix) and m.weight in names]
         return able, sum(m in names for m in found if isinstance(m, str))
+
+    def _factor_corrected(
+        self, rw: Rewriter, ctx: Context, made: dict[Matrix, tuple[Tensor, Tensor]]
+    ) -> int:
+        """Factors with corrected biases; how many parameters that saves."""
+        if not ctx.calibration:
+            raise PreconditionError(f"{self.spec}: biases are corrected on calibration data, "
+                                    "and there is none", fix="give some with --calib")  # fmt: skip
+        biases = corrected_biases(rw.program, ctx.calibration, made, ctx.seed)
+        rw.note(f"the biases of {len(biases)} products put their mean outputs back")
+        return sum(factor(rw, m, a, b, biases.get(m.weight)) for m, (a, b) in made.items())
 
     def _limits(self, rw: Rewriter, ctx: Context, able: list[Chosen]) -> dict[str, int]:
         """The largest rank that pays in time, of products where that is known and asked for."""
@@ -234,10 +254,10 @@ class LowRank(Pass):
 
     def _say(self, rw: Rewriter, saved: int, made: int, kept: int) -> None:
         if made:
-            rw.note(f"factored {made} products, {saved:,} parameters fewer")
+            rw.note(f"factored {made} weights, {saved:,} parameters fewer")
         if kept:
             why = "their factors would be larger, or lose more than others"
-            rw.note(f"left {kept} products as they are: {why}")
+            rw.note(f"left {kept} weights as they are: {why}")
         if not made and all(getattr(self, option) is None for option in _CUTS):
             rw.note(
                 "nothing pays at the default energy of 0.9999: "
