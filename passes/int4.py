@@ -261,11 +261,3 @@ class _GroupSums:
                     parts.append(call(aten.zeros_like.default, unused))
                 self._made[x, extra] = call(aten.cat.default, parts, -1)
         return self._made[x, extra]
-
-
-def with_values(rw: Rewriter, bias: object, name: str, values: Tensor) -> fx.Node:
-    """A bias of these values: ``bias`` itself where one product alone reads it, else ``name``."""
-    if isinstance(bias, fx.Node) and len(bias.users) == 1:
-        rw.set_tensor(str(bias.target), values)
-        return bias
-    return rw.add_buffer(name, values)
