@@ -3,12 +3,14 @@
     python bench/generate.py [--keep FOLDER] [--only WORDS] [--threads 1,2] [--rounds N]
                              [--json FILE] [--png FILE]
 
-One process for each number of threads, in which all routes are open and take turns, so a
-machine that changes speed changes it for all. A first token is the whole prompt read; a
-cached token is the median over rounds of tokens after a prompt of so many. Memory is the
-peak of a process of its own that reads 128 tokens and says 64, with and without what it
-held before the model was opened. Perplexity goes through the cache, token by token, on
-prose that nothing was calibrated on. With ``--keep`` what was made stays in a folder.
+With one thread all routes are open in one process and take turns, so a machine that changes
+speed changes it for all. With several each has a process of its own, one after the other:
+threads of one that wait for work spin, and would take the cores of the next. A first token
+is the whole prompt read; a cached token is the median over rounds of tokens after a prompt
+of so many. Memory is the peak of a process of its own that reads 128 tokens and says 64,
+with and without what it held before the model was opened. Perplexity goes through the
+cache, token by token, on prose that nothing was calibrated on. With ``--keep`` what was
+made stays in a folder.
 """
 
 from __future__ import annotations
@@ -162,9 +164,14 @@ def measure(folder: Path, options: argparse.Namespace) -> list[Row]:
     names = [row.route for row in rows if not row.missing]
     for threads in options.threads:
         say(f"{threads} threads: timing")
-        words = ["--time", ",".join(names), "--keep", str(folder), "--rounds", str(options.rounds)]
-        for what, samples in apart(*words, "--threads", str(threads), threads=threads).items():
-            for row in rows:
+        found: dict[str, dict[str, list[float]]] = {}
+        for group in [names] if threads == 1 else [[name] for name in names]:
+            words = ["--time", ",".join(group), "--keep", str(folder)]
+            words += ["--rounds", str(options.rounds), "--threads", str(threads)]
+            for what, samples in apart(*words, threads=threads).items():
+                found.setdefault(what, {}).update(samples)
+        for row in rows:
+            for what, samples in found.items():
                 fill(row, f"{threads} thread, {what}", samples)
     return rows
 
