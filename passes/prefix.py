@@ -49,7 +49,7 @@ class Prefix(Pass):
     name: ClassVar[str] = "prefix"
     effect: ClassVar[Effect] = Effect.INTERFACE
     provides: ClassVar[frozenset[str]] = frozenset({"prefixed"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"prefixed", "prompted"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"prefixed", "prompted", "cached"})
 
     tokens: int | None = None
     init: Literal["random", "text"] = "random"

@@ -58,7 +58,7 @@ class Prompt(Pass):
     name: ClassVar[str] = "prompt"
     effect: ClassVar[Effect] = Effect.INTERFACE
     provides: ClassVar[frozenset[str]] = frozenset({"prompted"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"prompted"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"prompted", "cached"})
 
     tokens: int | None = None
     init: Literal["random", "text"] | None = None

@@ -134,9 +134,12 @@ def test_what_has_no_cache_is_refused(name, words):
     assert caught.value.fix
 
 
-def test_twice_is_refused():
-    with pytest.raises(OrderError):
-        Pipeline.parse("cache,cache").run(tiny("llama"))
+@pytest.mark.parametrize("other", ["cache", "prompt{tokens=3}", "prefix{tokens=3}"])
+def test_twice_or_with_tokens_in_front_is_refused(other):
+    """A prompt behind a cache would go in front of every piece."""
+    for passes in (f"cache,{other}", f"{other},cache"):
+        with pytest.raises(OrderError):
+            Pipeline.parse(passes).run(tiny("llama"))
 
 
 def test_compiled_to_generate(tmp_path):
