@@ -242,5 +242,6 @@ class Pass(ABC):
         raise BudgetError(
             f"{self.spec} drifts by {drift.relative:.3g}, beyond the budget of {ctx.max_drift:g}",
             where=f"most of it at {step}" if step else None,
-            fix="raise the budget, choose milder options, or leave that weight unselected",
+            fix="raise the budget, choose milder options, or leave out the weights that "
+            "`ftc inspect MODEL --sensitivity` names",
         )

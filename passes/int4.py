@@ -17,7 +17,7 @@ the input, which are appended to it:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -35,6 +35,7 @@ from .biases import with_values
 from .budget import Levels, Search, drift_of, listed
 from .int8 import Int8
 from .quantizing import PRODUCTS_AND_TABLES, check_group_size, quantized_reader, unsupported
+from .residual import largest_rank
 from .rounding import Rounded, Rounding, kept, to_nearest
 
 aten = torch.ops.aten
@@ -85,7 +86,7 @@ class Int4(Pass):
     residual_rank: int = 0
 
     def __post_init__(self) -> None:
-        check_group_size("int4", self.group_size)
+        check_group_size(self, self.group_size)
         if self.min_size < 0:
             raise UsageError(
                 f"int4{{min_size={self.min_size}}}: a number of elements, 0 or more",
@@ -101,10 +102,15 @@ class Int4(Pass):
                 f"int4{{max_drift={self.max_drift}}}: a relative error above 0",
                 fix="int4{max_drift=0.1,fallback=int8}",
             )
-        if self.max_error is not None and (self.max_error <= 0 or self.method != "gptq"):
+        if self.max_error is not None and self.max_error <= 0:
             raise UsageError(
-                f"int4{{max_error={self.max_error}}}: an error above 0, which only gptq measures",
-                fix="int4{max_error=0.1,fallback=int8}",
+                f"int4{{max_error={self.max_error}}}: a relative error above 0",
+                fix=replace(self, max_error=0.1).spec,
+            )
+        if self.max_error is not None and self.method != "gptq":
+            raise UsageError(
+                f"int4{{max_error={self.max_error},method={self.method}}}: only gptq measures it",
+                fix=replace(self, method="gptq").spec,
             )
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
@@ -142,6 +148,7 @@ class Int4(Pass):
             Int8(select=" | ".join(factors), min_size=0).rewrite(rw, ctx)
         self._say(rw, done, left)
         if self.residual_rank:
+            self._check_rank(done, added)
             rw.note(f"{len(added)} products have a residual of rank {self.residual_rank}; "
                     "the others keep their weight, share it, or are too small")  # fmt: skip
         if left and self.fallback == "int8":
@@ -187,6 +194,16 @@ class Int4(Pass):
         """Only what one product alone reads has a residual."""
         alone = len(readers) == 1 and readers[0].target is aten.linear.default
         return self.residual_rank if alone else 0
+
+    def _check_rank(self, rounded: Mapping[str, Rounded], added: list[str]) -> None:
+        """Refuses a rank that no weight which was rounded is large enough for."""
+        shapes = [each.coded.codes.shape for each in rounded.values() if each.error != 0.0]
+        largest = max((largest_rank(*shape) for shape in shapes), default=0)
+        if not added and 0 < largest < self.residual_rank:
+            raise UsageError(
+                f"int4{{residual_rank={self.residual_rank}}}: for no product is that thin",
+                fix=f"a rank of {largest} at most, for the largest of them",
+            )
 
     def _is_too_far(self, rounded: Rounded) -> bool:
         error = rounded.error or 0.0

@@ -92,7 +92,7 @@ class Int8(Pass):
     max_drift: float | None = None
 
     def __post_init__(self) -> None:
-        check_group_size("int8", self.group_size)
+        check_group_size(self, self.group_size)
         if self.min_size < 0:
             raise UsageError(
                 f"int8{{min_size={self.min_size}}}: a number of elements, 0 or more",
@@ -108,6 +108,23 @@ class Int8(Pass):
                 "int8{per_tensor=true,kernel=blocked}: that kernel has a scale for each group",
                 fix="leave out one of the two",
             )
+        if self.kernel == "blocked" and self.activation in ("tensor", "static"):
+            raise UsageError(
+                f"int8{{kernel=blocked,activation={self.activation}}}: that kernel quantizes each "
+                "group of the activations for itself",
+                fix=f"int8{{activation={self.activation}}}, or int8{{kernel=blocked}}",
+            )
+        if self.kernel == "blocked" and self.reduce_range != "auto":
+            raise UsageError(
+                "int8{kernel=blocked,reduce_range=...}: the range is for integer products",
+                fix="leave out one of the two",
+            )
+        if self.kernel in ("integer", "float") and self.group_size != 32:
+            raise UsageError(
+                f"int8{{kernel={self.kernel},group_size={self.group_size}}}: groups are for "
+                "blocked products",
+                fix=f"int8{{kernel=blocked,group_size={self.group_size}}}",
+            )
         if self.activation == "none" and self.kernel in ("integer", "blocked"):
             raise UsageError(
                 f"int8{{activation=none,kernel={self.kernel}}}: that kernel quantizes activations",
@@ -117,7 +134,8 @@ class Int8(Pass):
     @property
     def needed(self) -> frozenset[str]:
         """Activations are made ready only where they are quantized."""
-        return frozenset({"canonical"}) if self.activation == "none" else self.needs
+        plain = self.activation == "none" or self.kernel == "float"
+        return frozenset({"canonical"}) if plain else self.needs
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Quantizes every selected weight whose readers all have a quantized form."""
@@ -188,6 +206,11 @@ class Int8(Pass):
                 errors[name] = self._quantize(rw, name, weight, readers, scheme, steps)
         for note in kernels.notes():
             rw.note(note)
+        if self.group_size != 32 and "blocked" not in kernels.used:
+            rw.note("group_size is for blocked products, and there are none: kernel=blocked")
+        if self.activation in ("tensor", "static") and "blocked" in kernels.used:
+            rw.note(f"activation={self.activation} is not for blocked products, which quantize "
+                    "each group of the activations for itself: kernel=integer")  # fmt: skip
         if "integer" in kernels.used and not plain:
             rw.note(_range_note(ctx.target, narrow))
         self._say(rw, errors)

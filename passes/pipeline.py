@@ -20,8 +20,9 @@ from ftc.graph.program import Drift, PassRecord, Program
 from ftc.graph.signature import Signature
 from ftc.graph.trace import worst_jump
 
-from .base import Context, Pass
+from .base import Context, Effect, Pass
 from .ordering import arrange, order_text
+from .registry import providers
 from .text import parse_passes
 
 
@@ -144,7 +145,7 @@ class Pipeline:
             observer.started(each, current)
             try:
                 after = _note(each(current, ctx).program, reason)
-                after = _note(after, _nothing_left(after.history[known:]))
+                after = _note(after, _nothing_left(each, after.history, known))
             except FtcError as error:
                 observer.failed(each, current, error)
                 raise
@@ -169,11 +170,21 @@ def _note(program: Program, reason: str | None) -> Program:
     return replace(program, history=(*earlier, replace(last, notes=(reason, *last.notes))))
 
 
-def _nothing_left(records: Sequence[PassRecord]) -> str | None:
-    """What to say of a last pass that changed nothing because it had run before."""
-    *earlier, last = records
-    before = next((r.spec for r in reversed(earlier) if _name(r) == _name(last)), None)
-    return None if last.modified or before is None else f"nothing was left for it after {before}"
+def _nothing_left(each: Pass, history: Sequence[PassRecord], known: int) -> str | None:
+    """What to say of a last pass that changed nothing, because it or one like it had run before.
+
+    Of approximate passes also in what the program went through before its first ``known`` records.
+    """
+    *earlier, last = history
+    if last.modified:
+        return None
+    alike = {each.name}
+    if each.effect is Effect.APPROXIMATE:
+        alike |= {cls.name for fact in each.provides for cls in providers(fact)}
+    else:
+        earlier = earlier[known:]
+    before = next((r.spec for r in reversed(earlier) if _name(r) in alike and r.modified), None)
+    return before and f"nothing was left for it after {before}"
 
 
 def _name(record: PassRecord) -> str:

@@ -7,6 +7,7 @@ still needs in float would be stored twice.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,12 +40,12 @@ ALL: Mapping[object, int] = {
 _GROUPS = (16, 32, 64, 128, 256)
 
 
-def check_group_size(name: str, size: int) -> None:
-    """Raises UsageError for a group size of the pass ``name`` that no kernel knows."""
+def check_group_size(given: Any, size: int) -> None:
+    """Raises UsageError where the ``group_size`` of the pass ``given`` is one no kernel knows."""
     if size not in _GROUPS:
         raise UsageError(
-            f"{name}{{group_size={size}}}: groups are 16, 32, 64, 128 or 256 weights",
-            fix=f"{name}{{group_size=32}}",
+            f"{given.name}{{group_size={size}}}: groups are 16, 32, 64, 128 or 256 weights",
+            fix=replace(given, group_size=32).spec,
         )
 
 

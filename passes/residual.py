@@ -42,6 +42,11 @@ class Residual:
         return rw.call(aten.add.Tensor, product, rw.call(aten.linear.default, thin, parts[1]))
 
 
+def largest_rank(out: int, width: int) -> int:
+    """The largest rank whose factors are less than half of a weight ``[out, in]``."""
+    return (out * width - 1) // (2 * (out + width))
+
+
 def residual(weight: Tensor, rounded: Tensor, rank: int, gram: Tensor | None) -> Residual | None:
     """The correction of ``rounded [out, in]`` towards ``weight``; None where it would not be thin.
 
@@ -56,7 +61,7 @@ def residual(weight: Tensor, rounded: Tensor, rank: int, gram: Tensor | None) ->
     if not rank or weight.dim() != 2:
         return None
     out, width = weight.shape
-    if 2 * rank * (out + width) >= out * width:
+    if rank > largest_rank(out, width):
         return None
     root = None if gram is None else damped_root(gram, _DAMPING)
     error = weight.float() - rounded.float()

@@ -31,8 +31,13 @@ def read_tensors(path: Path, signature: Signature | None = None) -> dict[str, Te
         raise UsageError(f"there is no file {path}", fix="name a file with the inputs by name")
     try:
         tensors = _load(path)
-    except Exception as error:  # each format has errors of its own
-        raise UsageError(f"{path} cannot be read: {error}", fix="save it again") from error
+    except Exception as error:  # each format has errors of its own, some with bad advice
+        raise UsageError(
+            f"{path} is no {path.suffix} file, or a damaged one ({type(error).__name__})",
+            fix="write it with numpy.savez(FILE, name=array, ...)"
+            if path.suffix == ".npz"
+            else "write it with safetensors.torch.save_file",
+        ) from error
     return tensors if signature is None else _fit(tensors, signature, path)
 
 
@@ -57,8 +62,35 @@ def _fit(tensors: dict[str, Tensor], signature: Signature, path: Path) -> dict[s
         given = tensors.get(spec.name)
         if given is not None and given.is_floating_point() == spec.dtype.is_floating_point:
             tensors[spec.name] = given.to(spec.dtype)
-    signature.bind(tensors)
+    try:
+        signature.bind(tensors)
+        _check_sizes(tensors, signature)
+    except UsageError as error:
+        raise UsageError(error.what, where=str(path), fix=error.fix) from None
     return tensors
+
+
+def _check_sizes(tensors: Mapping[str, Tensor], signature: Signature) -> None:
+    """One size for each dimension, none of them 0, and integers that the program knows."""
+    found: dict[str, tuple[int, str]] = {}
+    for spec in signature.inputs:
+        given = tensors[spec.name]
+        if given.numel() == 0:
+            raise UsageError(
+                f"input {spec.name!r} is empty, of shape {tuple(given.shape)}",
+                fix="give at least one row",
+            )
+        for dim, size in zip(spec.shape, given.shape, strict=True):
+            if isinstance(dim, int):
+                continue
+            known, where = found.setdefault(dim, (size, spec.name))
+            if known != size:
+                raise UsageError(
+                    f"{dim} is {known} in {where!r} and {size} in {spec.name!r}",
+                    fix=f"give both the same {dim}",
+                )
+    if (wrong := out_of_range(tensors, signature)) is not None:
+        raise UsageError(wrong[0], fix=wrong[1])
 
 
 def out_of_range(inputs: Mapping[str, Tensor], signature: Signature) -> tuple[str, str] | None:

@@ -80,6 +80,8 @@ def read_file(path: Path) -> str:
     Raises:
         UsageError: naming it, when it cannot be read as UTF-8.
     """
+    if not path.name:
+        raise UsageError("no text is given", fix="name a text file, or write the text itself")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

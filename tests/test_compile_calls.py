@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,9 +14,11 @@ from ftc.graph.capture import capture_module
 from ftc.graph.errors import CaptureError, UsageError
 from ftc.graph.quantized_ops import quantized_linear
 from ftc.runtime.compile import compile_model
+from ftc.runtime.tensors import read_tensors
 from ftc.runtime.text import read_text
 
 from .conftest import Command
+from .tiny import tiny
 
 NO_MODEL = "ftc.tests.small:no_such_factory"  # the error would be another if it were looked for
 
@@ -31,13 +34,37 @@ def test_calibration_data_is_read_before_capture(tmp_path: Path, command: Comman
     folder, rows = tmp_path / "texts", tmp_path / "rows.jsonl"
     folder.mkdir()
     rows.write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (noise := tmp_path / "noise.npz").write_bytes(bytes(range(100)))
     for calib, words in (
         (folder, f"{folder} is a folder"),
         (tmp_path / "none.txt", "there is no file"),
         (tmp_path / "none.npz", "there is no file"),
         (rows, f"{rows}:2"),
+        (noise, f"{noise} is no .npz file"),
+        ("", "no text is given"),
     ):
         refused(command, tmp_path / "out", "--passes", "int8", "--calib", calib, words=words)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "value", "words"),
+    [
+        (((2, 8), (2, 9)), 9, "sequence is 8 in 'input_ids' and 9 in 'attention_mask'"),
+        (((0, 8), (0, 8)), 9, "'input_ids' is empty"),
+        (((2, 8), (2, 8)), 10**6, "input_ids holds 1000000"),
+    ],
+)
+def test_tensors_that_do_not_fit_name_the_file(
+    sizes: tuple[tuple[int, int], ...], value: int, words: str, tmp_path: Path
+) -> None:
+    ids, mask = sizes
+    path = tmp_path / "given.npz"
+    given = {"input_ids": np.full(ids, value), "attention_mask": np.ones(mask, dtype=np.int64)}
+    signature = tiny("bert").signature
+    np.savez(path, **{name: given[name] for name in signature.input_names})
+    with pytest.raises(UsageError) as told:
+        read_tensors(path, signature)
+    assert words in told.value.what and told.value.where == str(path) and told.value.fix
 
 
 def test_rows_of_jsonl_are_texts(tmp_path: Path) -> None:

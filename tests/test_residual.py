@@ -68,9 +68,9 @@ def test_it_is_lowered_like_the_rest():
     assert found.relative < 0.02
 
 
-def test_what_has_one_row_too_many_for_it_has_none_and_negative_ranks_are_refused():
+def test_ranks_that_no_product_is_large_enough_for_and_negative_ones_are_refused():
     program, ctx, _ = model()
-    done = parse_pass("int4{residual_rank=60}")(program, ctx)
-    assert any("0 products have a residual" in note for note in done.record.notes)
+    with pytest.raises(UsageError, match="that thin"):
+        parse_pass("int4{residual_rank=60}")(program, ctx)
     with pytest.raises(UsageError, match="0 or more"):
         parse_pass("int4{residual_rank=-1}")

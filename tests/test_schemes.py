@@ -96,3 +96,34 @@ def test_wrong_schemes_are_refused() -> None:
         Pipeline.parse("int8{group_size=20}")
     with pytest.raises(UsageError, match="a scale for each group"):
         Pipeline.parse("int8{per_tensor=true,kernel=blocked}")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("kernel=blocked,activation=static", "each group"),
+        ("kernel=blocked,reduce_range=false", "integer products"),
+        ("kernel=integer,group_size=64", "blocked products"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(options: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Pipeline.parse(f"int8{{{options}}}")
+
+
+@pytest.mark.parametrize("again", ["int8{min_size=0}", "int4{min_size=0,method=rtn}"])
+def test_quantizing_twice_is_told(again: str) -> None:
+    program, first = tiny("bert"), "int8{min_size=0}"
+    from_codes = Pipeline.parse(first).run(program).program
+    for done in (
+        Pipeline.parse(f"{first},{again}").run(program),
+        Pipeline.parse(again).run(from_codes),
+    ):
+        assert any("nothing was left for it after int8" in n for n in done.records[-1].notes)
+
+
+def test_a_rank_that_nothing_is_large_enough_for_is_refused() -> None:
+    spec = "int4{min_size=0,group_size=16,method=rtn,residual_rank=1000}"
+    with pytest.raises(UsageError, match="no product is that thin") as told:
+        Pipeline.parse(spec).run(tiny("bert"))
+    assert "at most" in str(told.value.fix)
