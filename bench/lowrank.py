@@ -3,7 +3,7 @@
 Every route cuts the same share of the weights of the model's products, calibrated on
 Python's documentation and judged on English prose that it was not calibrated on.
 
-    python bench/lowrank.py [--model minilm|smollm2|all] [--removed 20,40] [--only WORDS]
+    python bench/lowrank.py [--model minilm|smollm2|all] [--removed 20 40] [--only WORDS]
                             [--int8] [--recover STEPS] [--windows N] [--json FILE] [--png FILE]
 
 ``plain``, ``diagonal`` (ASVD) and ``whitened`` (SVD-LLM) keep one share of every product,
@@ -18,9 +18,8 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from quantize_routes import folder_of
+from tell import figure_of, label_accuracy, say
 from torch import Tensor
 
+from ftc.graph.fisher import Moments, moments
 from ftc.graph.products import products
 from ftc.graph.program import Program
 from ftc.graph.sources import capture
 from ftc.graph.sources.tokenizer import tokenizer
 from ftc.graph.target import target
-from ftc.passes.base import Context
-from ftc.passes.pipeline import Observer, Pipeline
+from ftc.passes import lowrank_metric
+from ftc.passes.pipeline import Pipeline
+from ftc.passes.text import parse_pass
 from ftc.runtime.measure import machine
 from ftc.runtime.probes import make_context
-from ftc.runtime.recover import recovering
+from ftc.runtime.recover import recover
 from ftc.runtime.text import pad
 
 ROUTES = {
@@ -49,6 +51,7 @@ ROUTES = {
     "whitened": "lowrank{{ratio={0},method=whitened}}",
     "ftc": "lowrank{{budget={0}}}",
 }
+SHARES = [10, 20, 30, 40, 60]
 WINDOW = 128
 
 
@@ -61,7 +64,7 @@ class Row:
         removed: share of the products' weights that was asked for.
         found: share that was removed.
         accuracy: figures by name.
-        seconds: wall time of the passes.
+        seconds: wall time of the passes; statistics count at the first share only.
     """
 
     route: str
@@ -144,30 +147,100 @@ def similarities(vectors: Tensor) -> Tensor:
     return (units @ units.T)[upper[0], upper[1]]
 
 
-def measure(model: Model, options: argparse.Namespace) -> list[Row]:
+class Statistics:
+    """Moments of one model, collected once for a method and not again for each share."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def __call__(self, program: Program, *given: Any, **options: Any) -> Moments:
+        """As :func:`ftc.graph.fisher.moments`, of the nodes of ``program``."""
+        nodes = {node.name: node for node in program.graph.nodes}
+        key = f"{options['gradients']} {bool(options['by_outputs'])}"
+        if key not in self._known:
+            found = vars(moments(program, *given, **options))
+            self._known[key] = {part: {n.name: v for n, v in of.items()}
+                                for part, of in found.items()}  # fmt: skip
+        return Moments(**{part: {nodes[name]: v for name, v in of.items()}
+                          for part, of in self._known[key].items()})  # fmt: skip
+
+
+class Table:
+    """The rows of one model, in a file as they come: a run that was cut off goes on there."""
+
+    def __init__(self, model: str, path: Path | None) -> None:
+        self._model, self._path = model, path
+        known = json.loads(path.read_text()) if path and path.exists() else {}
+        self.rows = [Row(**each) for each in known.get(model, [])]
+
+    def lacks(self, route: str, removed: float) -> bool:
+        """Whether this row is still to be made."""
+        return all((row.route, row.removed) != (route, removed) for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        """Keeps one more."""
+        self.rows.append(row)
+        if self._path:
+            held = json.loads(self._path.read_text()) if self._path.exists() else {}
+            held |= {"machine": machine(), self._model: [asdict(each) for each in self.rows]}
+            self._path.write_text(json.dumps(held, indent=1) + "\n")
+
+
+def measure(model: Model, table: Table, options: argparse.Namespace) -> None:
     """Every route at every share."""
-    rows = []
-    for removed in options.removed:
+    lowrank_metric.moments = Statistics()  # type: ignore[assignment]
+    for removed in (percent / 100 for percent in options.removed):
         for name, spec in ROUTES.items():
-            if options.only not in name:
-                continue
-            text = spec.format(round(1 - removed, 4))
-            rows.append(one(model, name, removed, text, None))
-            if options.int8:
-                rows.append(one(model, f"{name}, int8", removed, f"{text},int8", None))
-            if options.recover and name == "ftc":
-                rows.append(one(model, "ftc, recovered", removed, text, options.recover))
-    return rows
+            if options.only in name:
+                Route(model, table, name, removed)(spec.format(round(1 - removed, 4)), options)
 
 
-def one(model: Model, name: str, removed: float, spec: str, recover: int | None) -> Row:
-    """One row."""
-    say(f"{model.name}: {name}, {removed:.0%} removed")
-    start = time.perf_counter()
-    ctx: Context = model.ctx
-    done = recovering(Pipeline.parse(spec), recover).run(model.program, ctx, Observer()).program
-    seconds = time.perf_counter() - start
-    return Row(name, removed, model.removed(done), model.judged(done), seconds)
+@dataclass(frozen=True)
+class Route:
+    """One route at one share, with what may come after it."""
+
+    model: Model
+    table: Table
+    name: str
+    removed: float
+
+    def __call__(self, spec: str, options: argparse.Namespace) -> None:
+        """Adds its rows, as far as they are missing; what they share is made once."""
+        wanted = [""] + [", int8"] * options.int8
+        if options.recover and self.name == "ftc":
+            wanted += [", recovered"] + [", recovered, int8"] * options.int8
+        wanted = [after for after in wanted if self.table.lacks(self.name + after, self.removed)]
+        made: dict[str, tuple[Program, float]] = {}
+        for after in wanted:
+            say(f"{self.model.name}: {self.name}{after}, {self.removed:.0%} removed")
+            done, seconds = self._made(after, spec, options, made)
+            found, accuracy = self.model.removed(done), self.model.judged(done)
+            self.table.add(Row(self.name + after, self.removed, found, accuracy, seconds))
+
+    def _made(
+        self, after: str, spec: str, options: argparse.Namespace, made: dict[str, Any]
+    ) -> tuple[Program, float]:
+        """The program and the wall time of its passes."""
+        if after in made:
+            return made[after]
+        ctx = self.model.ctx
+        if not after:
+            made[""] = self._timed(lambda: parse_pass(spec)(self.model.program, ctx).program)
+            return made[""]
+        before, _, last = after.rpartition(", ")
+        cut, spent = self._made(before, spec, options, made)
+        if last == "int8":
+            done, seconds = self._timed(lambda: Pipeline.parse("int8").run(cut, ctx).program)
+        else:
+            original = self.model.program
+            done, seconds = self._timed(lambda: recover(cut, original, ctx, options.recover))
+        made[after] = done, spent + seconds
+        return made[after]
+
+    @staticmethod
+    def _timed(make: Callable[[], Program]) -> tuple[Program, float]:
+        start = time.perf_counter()
+        return make(), time.perf_counter() - start
 
 
 def show(name: str, rows: Sequence[Row]) -> None:
@@ -182,55 +255,43 @@ def show(name: str, rows: Sequence[Row]) -> None:
 
 def picture(found: dict[str, list[Row]], path: Path) -> None:
     """Accuracy against the share removed, a line a route."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        say('no picture: pip install "ftc[bench]" brings matplotlib')
-        return
-    figure = Figure(figsize=(6 * len(found), 5), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
-    for axes, (name, rows) in zip(panels, found.items(), strict=True):
-        figure_name = next(iter(rows[0].accuracy))
+    figure, panels = figure_of(list(found), 6)
+    for axes, rows in zip(panels, found.values(), strict=bool(panels)):
+        measure_name = next(iter(rows[0].accuracy))
         for route in dict.fromkeys(row.route for row in rows):
-            own = [row for row in rows if row.route == route]
-            axes.plot([row.removed for row in own], [row.accuracy[figure_name] for row in own],
-                      marker="o", label=route)  # fmt: skip
-        axes.set(title=name, xlabel="share of weights removed", ylabel=figure_name)
-        if figure_name == "perplexity":
-            axes.set_yscale("log")
-        axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def shares(text: str) -> list[float]:
-    """``10,20`` as fractions."""
-    return [float(part) / 100 for part in text.split(",")]
+            own = sorted((row.removed, row.accuracy[measure_name])
+                         for row in rows if row.route == route)  # fmt: skip
+            axes.plot(*zip(*own, strict=True), label=route,
+                      marker="o", linestyle="--" if "int8" in route else "-")  # fmt: skip
+        axes.set(xlabel="share of weights removed")
+        label_accuracy(axes, measure_name)
+        axes.legend(fontsize=7)
+    if figure:
+        figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=["minilm", "smollm2", "all"], default="all")
-    parser.add_argument("--removed", type=shares, default="10,20,30,40,60", metavar="PERCENTS")
+    parser.add_argument(
+        "--removed", type=int, nargs="+", default=[10, 20, 30, 40, 60], metavar="PERCENT"
+    )
     parser.add_argument("--only", default="", help="routes whose name has these words")
     parser.add_argument("--int8", action="store_true", help="each also with int8 after it")
     parser.add_argument("--recover", type=int, metavar="STEPS", help="ftc also with recovery")
     parser.add_argument("--windows", type=int, default=16, help="of SmolLM2's prose")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows in it are not made again")
     parser.add_argument("--png", type=Path, metavar="FILE")
     options = parser.parse_args()
     found: dict[str, list[Row]] = {}
-    for name in ["minilm", "smollm2"] if options.model == "all" else [options.model]:
-        found[name] = measure(Model(name, options.windows), options)
-        show(name, found[name])
-    if options.json:
-        rows = {name: [asdict(row) for row in each] for name, each in found.items()}
-        options.json.write_text(json.dumps({"machine": machine(), **rows}, indent=1) + "\n")
+    for name in ("minilm", "smollm2"):
+        table = Table(name, options.json)
+        if options.model in (name, "all"):
+            measure(Model(name, options.windows), table, options)
+        if table.rows:
+            found[name] = sorted(table.rows, key=lambda row: row.removed)
+            show(name, found[name])
     if options.png:
         picture(found, options.png)
 

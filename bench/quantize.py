@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -33,6 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from quantize_routes import ROUTES, Feed, Missing, Model, Run, minilm, smollm2
+from tell import figure_of, label_accuracy, say
 
 from ftc.runtime.measure import Timing, interleaved, machine, ratio
 
@@ -170,29 +170,18 @@ def show(name: str, rows: list[Row]) -> None:
 
 def picture(found: dict[str, list[Row]], path: Path) -> None:
     """Accuracy against latency at each model's largest shape, a point a route."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        say('no picture: pip install "ftc[bench]" brings matplotlib')
-        return
-    figure = Figure(figsize=(7 * len(found), 5), layout="constrained")
-    for axes, (name, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0],
-                                  found.items(), strict=True):  # fmt: skip
+    figure, panels = figure_of(list(found), 7)
+    for axes, rows in zip(panels, found.values(), strict=bool(panels)):
         shown = [row for row in rows if row.seconds]
         shape, measure_name = list(shown[0].seconds)[-1], next(iter(shown[0].accuracy))
         for row in shown:
             x, y = row.seconds[shape] * 1e3, row.accuracy[measure_name]
             axes.scatter(x, y, color="tab:red" if row.route.startswith("ftc") else "tab:gray")
             axes.annotate(row.route, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
-        axes.set(title=name, xlabel=f"ms at {shape}", ylabel=measure_name)
-        if measure_name == "perplexity":
-            axes.set_yscale("log")
-    figure.savefig(path, dpi=120)
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+        axes.set(xlabel=f"ms at {shape}")
+        label_accuracy(axes, measure_name)
+    if figure:
+        figure.savefig(path, dpi=120)
 
 
 def main() -> None:
