@@ -172,7 +172,7 @@ def _dropout(rw: Rewriter, node: fx.Node, take: Take) -> fx.Node:
     rows = take(x)
     with rw.at(node):
         like = next(n for n in rw.graph.nodes if n.op == "placeholder")
-        sizes = [_size(rw, size) for size in shape(node)]
+        sizes = [_size(rw, node, size) for size in shape(node)]
         ones = rw.call(aten.new_ones.default, like, sizes, dtype=value(node).dtype)
         noise = rw.call(aten.dropout.default, ones, p, True)
     read = next(user for user in node.users)
@@ -181,24 +181,29 @@ def _dropout(rw: Rewriter, node: fx.Node, take: Take) -> fx.Node:
 
 
 def _known(rw: Rewriter, node: fx.Node) -> bool:
-    """Whether every size of the value is a number or an input's."""
-    return all(_place(rw, size) is not None for size in shape(node))
+    """Whether every size of the value is a number, or that of something before it."""
+    return all(_place(rw, node, size) is not None for size in shape(node))
 
 
-def _size(rw: Rewriter, size: Any) -> Any:
-    """A size as an argument."""
-    place = _place(rw, size)
+def _size(rw: Rewriter, node: fx.Node, size: Any) -> Any:
+    """A size of ``node`` as an argument."""
+    place = _place(rw, node, size)
     assert place is not None
     return rw.call(aten.sym_size.int, *place) if isinstance(place, tuple) else place
 
 
-def _place(rw: Rewriter, size: Any) -> tuple[fx.Node, int] | int | None:
-    """The input and the axis that have a size, or the number that it is."""
+def _place(rw: Rewriter, node: fx.Node, size: Any) -> tuple[fx.Node, int] | int | None:
+    """The number that a size of ``node`` is, or the first value and axis that have it.
+
+    That is an input, or where a prompt was put before it what the two were joined to.
+    """
     if isinstance(size, int):
         return size
-    for node in rw.graph.nodes:
-        fake = node.meta.get(VAL) if node.op == "placeholder" else None
+    for earlier in rw.graph.nodes:
+        if earlier is node:
+            break
+        fake = earlier.meta.get(VAL)
         for axis, own in enumerate(fake.shape if isinstance(fake, Tensor) else ()):
             if same_size(own, size):
-                return node, axis
+                return earlier, axis
     return None

@@ -70,12 +70,15 @@ def rows_of_products(program: Program) -> list[int]:
 
 
 READS = ["first", "all but two", "last shown"]
+PROMPT = "prompt{tokens=3}"
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("read", READS)
-def test_outputs_and_gradients_are_those_of_all_rows(read: str, training: bool) -> None:
-    program = program_of(read)
+@pytest.mark.parametrize(("read", "passes"), [*((r, "") for r in READS), ("first", PROMPT)])
+def test_outputs_and_gradients_are_those_of_all_rows(
+    read: str, passes: str, training: bool
+) -> None:
+    program = Pipeline.parse(passes).run(program_of(read)).program
     ids = torch.randint(1, 20, (3, 5))
     found = []
     for each in (plain(program, training), in_mode(program, training=training)):
@@ -90,8 +93,9 @@ def test_outputs_and_gradients_are_those_of_all_rows(read: str, training: bool) 
         torch.testing.assert_close(narrowed, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_the_feed_forward_block_runs_over_the_rows_that_are_read() -> None:
-    program = program_of("first")
+@pytest.mark.parametrize("passes", ["", PROMPT])
+def test_the_feed_forward_block_runs_over_the_rows_that_are_read(passes: str) -> None:
+    program = Pipeline.parse(passes).run(program_of("first")).program
     assert rows_of_products(program) == [3, 3]
     assert rows_of_products(in_mode(program, training=True)) == [2, 2]
     assert rows_of_products(program) == [3, 3], "the program itself stays"
