@@ -58,6 +58,11 @@ class Head(Pass):
     def __post_init__(self) -> None:
         if self.labels < 1:
             raise UsageError(f"head{{labels={self.labels}}}: 1 or more", fix="head{labels=3}")
+        if self.labels == 1 and self.task == "token-classification":
+            raise UsageError(
+                f"{self.spec}: one class of tokens tells nothing apart",
+                fix=f"head{{labels=2,task={self.task}}}",
+            )
         if not 0 <= self.dropout < 1:
             raise UsageError(
                 f"head{{dropout={self.dropout}}}: dropout lies in [0, 1)", fix="head{dropout=0.1}"

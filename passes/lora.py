@@ -78,6 +78,8 @@ class Lora(Pass):
             raise UsageError(
                 f"lora{{dropout={self.dropout}}}: dropout lies in [0, 1)", fix="lora{dropout=0.1}"
             )
+        if self.init == "pissa":  # what it leaves of codes would have to be rounded again
+            object.__setattr__(self, "forbids", frozenset({"quantized"}))
 
     @property
     def scale(self) -> float:

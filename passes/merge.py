@@ -59,13 +59,21 @@ class Merge(Pass):
         object.__setattr__(self, "effect", Effect.APPROXIMATE)
 
     def requires(self, program: Program) -> None:
-        """Adapters that another pass rewrote cannot be merged."""
+        """Adapters that another pass rewrote cannot be merged, and there has to be one."""
         found = {name for each in lora_adapters(program) for name in (each.a, each.b)}
         lora = {n for n in logical_parameters(program) if adapter_kind(n) == "lora"}
         if lost := sorted(lora - found):
             raise PreconditionError(
                 f"merge: {lost[0]} is not part of an adapter as lora makes it",
                 fix="merge before the pass that rewrote it",
+            )
+        if not found:
+            others = sorted(n for n in adapter_parameters(program) if adapter_kind(n) != "lora")
+            raise PreconditionError(
+                "merge: the program has no low-rank adapters"
+                + (", and others cannot be in weights" if others else ""),
+                where=", ".join(others[:3]) or None,
+                fix="leave merge out, or give it the program with its adapters: lora,merge",
             )
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
@@ -82,8 +90,6 @@ class Merge(Pass):
             rw.note(f"merged the adapters of {len(exact)} weights")
         if rounded:
             self._weigh(rw, before, rounded, ctx)
-        if not by_weight:
-            rw.note("no low-rank adapters: nothing to merge")
         if left := [n for n in adapter_parameters(before) if adapter_kind(n) != "lora"]:
             rw.note(f"left {', '.join(left[:3])}: only low-rank adapters can be in weights")
 

@@ -71,7 +71,8 @@ def _place(
     Args:
         needing: the pass that was asked for and those added for it, down to this one.
     """
-    who = f"{each.name}, which is added for {needing[0].name}," if needing else each.name
+    name = each.name if each.forbids == type(each).forbids else each.spec  # for an option of it
+    who = f"{name}, which is added for {needing[0].name}," if needing else name
     if hindering := sorted(each.forbids & facts):
         earlier = [p.name for p, _ in planned if p.provides & each.forbids]
         because = f"after {' and '.join(earlier)}" if earlier else "here"

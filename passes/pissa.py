@@ -35,8 +35,8 @@ def move_into_adapter(
         and ``B`` ``[out, rank]`` in float64.
 
     Raises:
-        PreconditionError: where the weight is quantized, a convolution's, read by
-            others too, or has no more than ``rank`` singular values.
+        PreconditionError: where the weight is a convolution's, read by others too, or has no
+            more than ``rank`` singular values.
     """
     if site.first is not None:
         return _of_factors(rw, site, site.first, rank, scale)
@@ -71,13 +71,7 @@ def _of_factors(
 
 def _float_weight(rw: Rewriter, site: LoraSite, rank: int) -> Tensor:
     """The weight, where something can be taken out of it."""
-    weight = dict(rw.program.tensors()).get(site.weight)
-    if weight is None:
-        raise _refused(
-            site,
-            f"{site.weight} is quantized: what is left of it would have to be rounded again",
-            "run lora{init=pissa} before quantizing, or use init=default",
-        )
+    weight = rw.program.tensor(site.weight)
     if weight.dim() != 2:
         raise _refused(site, f"{site.weight} is a convolution's", "use init=default for it")
     others = [n for n in rw.get_attr(site.weight).users if n.target is not aten.linear.default]

@@ -12,7 +12,7 @@ the text in front, and in any model it starts nearer than random numbers do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -25,7 +25,7 @@ from ftc.graph.shapes import value
 from ftc.graph.states import States
 
 from .base import Context, Effect, Pass
-from .virtual_tokens import Attentions, check_ids, text_ids, train_adapters
+from .virtual_tokens import Attentions, check_ids, check_tokens, text_ids, train_adapters
 
 _TOKENS = 16
 _SCALE = 0.02
@@ -57,15 +57,9 @@ class Prefix(Pass):
 
     def __post_init__(self) -> None:
         if (self.init == "text") != (self.text is not None):
-            raise UsageError(
-                f"{self.spec}: init=text and text=... go together",
-                fix='prefix{init=text,text="some words"}',
-            )
-        if self.tokens is not None and (self.tokens < 1 or self.text is not None):
-            raise UsageError(
-                f"{self.spec}: tokens is 1 or more, and a text says its length itself",
-                fix="prefix{tokens=16}",
-            )
+            fixed = replace(self, tokens=None, init="text", text=self.text or "some words")
+            raise UsageError(f"{self.spec}: init=text and text=... go together", fix=fixed.spec)
+        check_tokens(self, self.tokens, self.text)
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Adds a pair of parameters at every core, then freezes the rest."""

@@ -13,7 +13,7 @@ and a long instruction costs no more than the attention to it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -31,7 +31,14 @@ from ftc.graph.rewriter import Rewriter
 from ftc.graph.sequence import Sequence, find_sequence, inputs, token_inputs
 
 from .base import Context, Effect, Pass
-from .virtual_tokens import Attentions, check_ids, text_ids, train_adapters, with_text_in_front
+from .virtual_tokens import (
+    Attentions,
+    check_ids,
+    check_tokens,
+    text_ids,
+    train_adapters,
+    with_text_in_front,
+)
 
 _TOKENS = 16
 _SAME = 1e-4
@@ -67,21 +74,17 @@ class Prompt(Pass):
 
     def __post_init__(self) -> None:
         if self.text is None and (self.fold or self.init == "text"):
-            raise UsageError(f"{self.spec}: there is no text", fix='prompt{text="some words"}')
-        if self.text is not None and self.init == "random":
-            raise UsageError(
-                f"{self.spec}: a random prompt has no text", fix='prompt{init=text,text="words"}'
-            )
+            fixed = replace(self, tokens=None, text="some words")
+            raise UsageError(f"{self.spec}: there is no text", fix=fixed.spec)
         if self.fold and self.init:
             raise UsageError(
-                f"{self.spec}: what is learned cannot be folded",
-                fix='prompt{text="some words",fold=true}',
+                f"{self.spec}: what is learned cannot be folded", fix=replace(self, init=None).spec
             )
-        if self.tokens is not None and (self.tokens < 1 or self.text is not None):
+        if self.text is not None and self.init == "random":
             raise UsageError(
-                f"{self.spec}: tokens is 1 or more, and a text says its length itself",
-                fix="prompt{tokens=16}",
+                f"{self.spec}: a random prompt has no text", fix=replace(self, init="text").spec
             )
+        check_tokens(self, self.tokens, self.text)
 
     def requires(self, program: Program) -> None:
         """Refuses to fold a prompt behind a prefix, which stands before it."""

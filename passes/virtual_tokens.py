@@ -7,14 +7,15 @@ of what each attention core computes (:mod:`ftc.graph.prepend`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from ftc.graph.adapters import adapter_kind
 from ftc.graph.body import classifier_head
-from ftc.graph.errors import PreconditionError
+from ftc.graph.errors import PreconditionError, UsageError
 from ftc.graph.observe import values
 from ftc.graph.prepend import Prepending
 from ftc.graph.program import Program
@@ -27,6 +28,10 @@ from ftc.graph.sources.tokenizer import tokenizer
 from ftc.graph.states import States, find_states
 from ftc.graph.structure.flow import Flow, RawCore
 from ftc.graph.widen import Widened, reserve, widen_inputs
+
+if TYPE_CHECKING:
+    from .prefix import Prefix
+    from .prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,22 @@ class Attentions:
             nodes = [add(place.name + s, t) for s, t in zip(suffixes, pair, strict=True)]
             front.core(place.raw, *nodes)
         front.finish()
+
+
+def check_tokens(given: Prefix | Prompt, tokens: int | None, text: str | None) -> None:
+    """Refuses a length that is none, or that a text says already.
+
+    Raises:
+        UsageError: with the pass as it could be.
+    """
+    if tokens is not None and text is not None:
+        raise UsageError(
+            f"{given.spec}: a text says its length itself",
+            fix=f"leave tokens out: {replace(given, tokens=None).spec}",
+        )
+    if tokens is not None and tokens < 1:
+        fixed = replace(given, tokens=16)
+        raise UsageError(f"{given.spec}: tokens is 1 or more", fix=fixed.spec)
 
 
 def text_ids(program: Program, text: str, spec: str) -> Tensor:

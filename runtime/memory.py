@@ -1,4 +1,4 @@
-"""Giving memory back between steps that each replace most of a model's weights."""
+"""Giving memory back between steps that each replace most of a model's weights; how much it was."""
 
 from __future__ import annotations
 
@@ -63,3 +63,11 @@ def trim() -> None:
         trimmer = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libcs have none
         if trimmer is not None:
             trimmer(0)
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    import resource  # not on every system
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -315,7 +315,7 @@ def _weight(program: Program, name: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("passes", "words"),
     [
-        ("int8{min_size=0},lora{init=pissa}", "before quantizing"),
+        ("int8{min_size=0},lora{init=pissa}", "lora{init=pissa},int8{min_size=0}"),
         ("lora{init=pissa,rank=17}", "rank <= 16"),
         ("lowrank{rank=3},lora{init=pissa,rank=3}", "rank < 3"),
     ],

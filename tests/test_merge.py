@@ -40,7 +40,6 @@ def test_the_merged_program_is_the_adapted_one(base: str, model: str) -> None:
     assert held.keys() == plain.keys()
     biases = find_structure(before).roles["bias"]
     assert all(torch.equal(held[name], plain[name]) for name in biases)
-    assert Merge()(merged).modified == 0
 
 
 def test_factors_take_the_adapter_in_as_rank() -> None:
@@ -182,10 +181,13 @@ def test_options_and_effect() -> None:
             parse_pass(f"merge{{max_loss={bad}}}")
 
 
-def test_nothing_to_merge_is_said() -> None:
-    result = Merge()(run("canonicalize", "mlp"))
-    assert result.modified == 0
-    assert "nothing to merge" in result.record.notes[0]
+@pytest.mark.parametrize("passes", ["canonicalize", "lora,merge"])
+def test_nothing_to_merge_is_refused(passes: str) -> None:
+    with pytest.raises(PreconditionError, match="no low-rank adapters") as caught:
+        Merge()(run(passes, "bert"))
+    assert "leave merge out" in str(caught.value)
+    with pytest.raises(PreconditionError, match=r"others cannot.*\n.*prefix_key"):
+        Merge()(run("prefix{tokens=2}", "bert"))
 
 
 def test_adapters_that_were_quantized_are_refused() -> None:

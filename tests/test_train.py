@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ftc.cli import ftc as cli
-from ftc.graph.bundle import load_bundle
+from ftc.graph.bundle import load_bundle, save_bundle
 from ftc.graph.errors import UsageError
 from ftc.graph.sources import capture
 from ftc.runtime.training.config import TrainConfig
@@ -33,7 +33,7 @@ MASK = SPECIAL.index("[MASK]")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small models, one for each kind of head, and data."""
+    """Bundles of small models, one for each kind of head, and data."""
     path = tmp_path_factory.mktemp("train")
     for name, head, options in (
         ("mlm", "BertForMaskedLM", {}),
@@ -42,8 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("number", "BertForSequenceClassification", {"num_labels": 1}),
         ("words", "BertForTokenClassification", {"num_labels": 2}),
     ):
-        encoder(path / name, head, **options)
-    decoder(path / "causal")
+        save_bundle(capture(encoder(path / "source" / name, head, **options)), path / name)
+    save_bundle(capture(decoder(path / "source/causal")), path / "causal")
     sentences(path / "s.jsonl")
     prose(path / "p.txt")
     rows = [{"words": ["the", "cat", "runs"], "labels": ["O", "N", "O"]}] * 8
@@ -85,7 +85,7 @@ def test_every_objective_learns(
 
 def test_what_was_trained_is_what_ships(place: Path, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "out"
-    ran = command("train", place / "cls", "--data", place / "s.jsonl", "--objective",
+    ran = command("train", place / "source/cls", "--data", place / "s.jsonl", "--objective",
                   "sequence-classification", "-o", out, "--eval", place / "s.jsonl",
                   "--epochs", 40, "--batch", 8, "--learning-rate", 3e-3, "--json")  # fmt: skip
     assert ran.status == 0, ran.err
@@ -104,7 +104,7 @@ def test_what_was_trained_is_what_ships(place: Path, tmp_path: Path, command: Co
 
 
 def test_only_what_learns_changes(place: Path, tmp_path: Path) -> None:
-    before = capture(place / "causal")
+    before = load_bundle(place / "causal")
     given = config(place / "causal", place / "p.txt", "clm", tmp_path / "out", length=32, steps=2,
                    passes='freeze{train="ffn"}')  # fmt: skip
     train(given)
@@ -134,6 +134,29 @@ def test_scoring_changes_and_writes_nothing(place: Path, tmp_path: Path, command
                   "--objective", prompt, "--json")  # fmt: skip
     assert ran.status == 0, ran.err
     assert 0 <= ran.data["before"]["accuracy"] <= 1 and ran.data["steps"] == 0
+
+
+def test_a_dry_run_computes_a_step_and_writes_nothing(
+    place: Path, tmp_path: Path, command: Command
+) -> None:
+    call = ("train", place / "cls", "--data", place / "s.jsonl", "--objective",
+            "sequence-classification", "-o", tmp_path / "out", "--eval", "0.25", "--batch", 8,
+            "--epochs", 2, "--length", 8, "--dry-run", "--json")  # fmt: skip
+    ran = command(*call)
+    assert ran.status == 0, ran.err
+    assert (ran.data["steps"], ran.data["planned"]) == (0, 10)
+    assert ran.data["first_loss"] > 0 and "10 steps of 8 examples" in ran.data["notes"][-1]
+    assert any("fill all 8 tokens" in note for note in ran.data["notes"])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
+    for more, message in (
+        (("--metric", "accurracy"), "did you mean accuracy"),
+        (("--passes", "lora{target=atention}"), "did you mean attention"),
+        (("--passes", "freeze{train=none}"), "freeze{train=all}"),
+        (("--resume",), "leave --resume out"),
+        (("--bucket", "--passes", "prefix{tokens=64}"), "use fewer than 64"),
+    ):
+        ran = command(*call, *more)
+        assert ran.status and message in ran.data["error"]["fix"]
 
 
 @pytest.mark.parametrize(
@@ -213,11 +236,11 @@ def test_every_key_is_an_option() -> None:
     options = {p.name for p in cli.get_command(None, "train").params}  # type: ignore[union-attr]
     keys = {field.name for field in dataclasses.fields(TrainConfig)}
     assert keys - options == {"beta1", "beta2", "epsilon"}
-    assert options - keys == {"config", "resume", "force", "json", "debug"}
+    assert options - keys == {"config", "resume", "dry_run", "force", "json", "debug"}
 
 
 def _scene(place: Path, model: str, length: int = 16) -> Scene:
-    program = capture(place / model)
+    program = load_bundle(place / model)
     return Scene(program, Encoder.of(program, length), ("neg", "pos"))
 
 

@@ -60,8 +60,11 @@ if TYPE_CHECKING:
 @click.option("--trust", is_flag=True, default=None, help="Allow a .pt2 archive.")
 @click.option("--config", metavar="FILE", help="The same from a TOML file; options come first.")
 @click.option("--resume", is_flag=True, help="Go on with the run that was stopped, if any.")
+@click.option("--dry-run", is_flag=True, help="Compute the first step, and write nothing.")
 @force_option
-def train(output: Output, config: str | None, resume: bool, force: bool, **options: Any) -> None:
+def train(
+    output: Output, config: str | None, resume: bool, dry_run: bool, force: bool, **options: Any
+) -> None:
     """Train PROGRAM on data, and save the result as OUT."""
     from ftc.runtime.training.config import TrainConfig, read_config
     from ftc.runtime.training.engines import is_main
@@ -73,7 +76,7 @@ def train(output: Output, config: str | None, resume: bool, force: bool, **optio
     values.update({key: value for key, value in options.items() if value is not None})
     made = TrainConfig.of(values, config)
     try:
-        found = run(made, resume=resume, force=force, show=not output.json,
+        found = run(made, resume=resume, force=force, dry_run=dry_run, show=not output.json,
                     say=output.say if is_main() else lambda _: None)  # fmt: skip
     except Interrupted:
         if is_main():

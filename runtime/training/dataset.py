@@ -95,6 +95,9 @@ class _Source:
         table = self.objective.arrange(encoded, scene)
         source = "from the cache" if hit else "encoded"
         self.notes.append(f"{path.name}: {len(table):,} examples, {source}")
+        if self.objective.cuts and (full := _filling(table, scene.encoder.length)):
+            self.notes.append(f"{full:,} of them fill all {scene.encoder.length} tokens of a row: "
+                              "what such a text has beyond that was left out")  # fmt: skip
         return table, scene
 
     def _encode(self, path: Path, scene: Scene, known: tuple[str, ...]) -> Table:
@@ -124,6 +127,12 @@ def _labels(
         where=f"labels: {', '.join(found[:12])}",
         fix=f"a head with {len(found)}: --passes head{{labels={len(found)}}}",
     )
+
+
+def _filling(table: Table, length: int) -> int:
+    """How many examples are as long as a row may be."""
+    lengths = Examples.all(table).lengths()
+    return 0 if lengths is None else int((lengths >= length).sum())
 
 
 def _width(objective: Objective, scene: Scene) -> int | None:

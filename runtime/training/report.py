@@ -1,15 +1,21 @@
-"""What a run did, for JSON and as a table for people."""
+"""What a run did: for JSON, as a table for people, and in the history of its program."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from ftc.graph.cost import cost
+from ftc.graph.printer import fingerprint
+from ftc.graph.program import PassRecord, Program
 from ftc.runtime.console import count, duration, table
+
+from .config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +96,24 @@ def _speed(report: TrainReport) -> str:
     if report.best_step is not None:
         text += f"; the weights are those of step {report.best_step:,}, the best"
     return text
+
+
+def recorded(program: Program, config: TrainConfig, report: TrainReport) -> Program:
+    """The program with the training in its history."""
+    total = cost(program)
+    spec = f"train{{objective={report.objective},steps={report.steps}}}"
+    notes = [
+        f"{report.trainable:,} of {report.parameters:,} parameters learned from "
+        f"{Path(config.data).name}, {report.epochs:.3g} epochs, seed {config.seed}"
+    ]
+    if report.last_loss is not None:
+        notes.append(
+            f"loss {report.first_loss:.4f} at the start, {report.last_loss:.4f} at the end"
+        )
+    notes += [f"{name} {value:.4f} on the evaluation data"
+              for name, value in (report.after or {}).items()]  # fmt: skip
+    record = PassRecord(
+        spec, "approximate", report.steps, ("trained",), None, total.parameters, total.bytes,
+        total.operations, report.seconds, tuple(notes), fingerprint(program),
+    )  # fmt: skip
+    return replace(program, history=(*program.history, record))

@@ -8,9 +8,7 @@ started from, the configuration, the log, and checkpoints. When OUT is written,
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +19,10 @@ import torch
 from ftc.graph.bundle import load_bundle, save_bundle
 from ftc.graph.cost import cost
 from ftc.graph.errors import UsageError
-from ftc.graph.printer import fingerprint
-from ftc.graph.program import PassRecord, Program
+from ftc.graph.program import Program
+from ftc.runtime.console import count, duration
 from ftc.runtime.engine import set_threads
-from ftc.runtime.memory import release
+from ftc.runtime.memory import peak_memory, release
 
 from .checkpoint import has_checkpoint
 from .compiled import compile_errors
@@ -42,8 +40,20 @@ from .modules import owned, trainable
 from .objectives.base import Objective, Scene
 from .picture import draw_loss
 from .progress import Bar
-from .report import TrainReport
-from .start import CONFIG, PROGRAM, Say, captured, fresh, resumed, run_folder, same_data, teacher
+from .report import TrainReport, recorded
+from .start import (
+    CONFIG,
+    PROGRAM,
+    Say,
+    captured,
+    check_start,
+    fresh,
+    learning,
+    resumed,
+    run_folder,
+    same_data,
+    teacher,
+)
 from .trainer import LAST, Options, Trainer
 
 CHECKPOINTS, LOG = "checkpoints", "metrics.jsonl"
@@ -52,8 +62,8 @@ Metrics = Mapping[str, float]
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, force: bool = False, show: bool = False,
-    say: Say = lambda _: None,
+    config: TrainConfig, *, resume: bool = False, force: bool = False, dry_run: bool = False,
+    show: bool = False, say: Say = lambda _: None,
 ) -> TrainReport:  # fmt: skip
     """Trains a program; with ``steps=0`` it is only measured.
 
@@ -61,6 +71,8 @@ def train(
         config: what, on what, how.
         resume: go on with the run that was stopped, if there is one.
         force: replace a bundle or an unfinished run that is there.
+        dry_run: do all that comes before the first step, compute that step, and write
+            nothing but the tokens in the cache.
         show: a progress bar on the terminal.
         say: told what runs before and after the steps.
 
@@ -71,10 +83,15 @@ def train(
     """
     config.check()
     check_files(config)
+    if dry_run and resume:
+        raise UsageError("a dry run has nothing to go on with", fix="leave --resume out")
     set_threads(config.threads)
     with joined(config) as world:
         if config.steps == 0:
             return _Run(config, owned(captured(config, say)), say, world).score()
+        if dry_run:
+            world.first(lambda: check_start(config, force))
+            return _Run(config, owned(learning(config, say)), say, world).rehearse()
         program, new = _begin(config, resume, force, say, world)
         release()  # the weights as they came
         run = _Run(config, program, say, world)
@@ -140,25 +157,18 @@ class _Run:
         """Every step that is left."""
         folder, config = run_folder(self.config), self.config
         self.world.first(lambda: same_data(folder, self.data.fingerprint))
-        torch.manual_seed(config.seed + self.world.data_rank)
-        data = self._loader(self.data.training, shuffle=True)
-        evaluation = self._loader(self.data.evaluation) if self.data.evaluation else None
-        options = _options(config, data.order.steps_per_epoch)
-        engine = self._engine()
-        release()  # what it was made from
-        trainer = Trainer(engine, self.objective, data, evaluation, options,
-                          folder / CHECKPOINTS)  # fmt: skip
+        trainer = self._trainer()
         if trainer.resume():
             self.notes.append(f"went on after step {trainer.state.step:,}")
         board = Path(config.tensorboard) if config.tensorboard else None
         if self.world.main:
             trainer.log = Log(folder / LOG, trainer.state.step, board)
-        trainer.bar = Bar(show, options.steps, trainer.state.step)
+        trainer.bar = Bar(show, trainer.options.steps, trainer.state.step)
         try:
             with compile_errors(config.compile):
                 before = trainer.first_evaluation()
                 trainer.run()
-                after = trainer.evaluate() if evaluation else None
+                after = trainer.evaluate() if trainer.evaluation else None
         finally:
             trainer.bar.stop()
             if trainer.log is not None:
@@ -167,10 +177,25 @@ class _Run:
         self.records = trainer.log.records if trainer.log is not None else []
         return self._report(trainer, before, after)
 
+    def rehearse(self) -> TrainReport:
+        """The first step, computed and not taken."""
+        config, trainer = self.config, self._trainer()
+        with compile_errors(config.compile):
+            loss, seconds = trainer.rehearse()
+        steps, rows = trainer.options.steps, config.batch * config.accumulate
+        epochs = steps / trainer.data.order.steps_per_epoch
+        self.notes.append(
+            f"{steps:,} steps of {rows:,} examples, {epochs:.3g} epochs; the first took "
+            f"{duration(seconds)}, so all might take {duration(steps * seconds)}; "
+            f"{count(peak_memory())}B at most so far"
+        )
+        report = self._report(trainer, None, None)
+        return replace(report, out="", first_loss=loss)
+
     def save(self, report: TrainReport) -> None:
         """Writes the bundle, with its history and what is said of the run, and ends the run."""
         folder = run_folder(self.config)
-        program = _recorded(self.program, self.config, report)
+        program = recorded(self.program, self.config, report)
         report_text = json.dumps(report.to_dict(), indent=1) + "\n"
         files = {
             CONFIG: lambda path: path.write_text(self.config.to_toml(), encoding="utf-8"),
@@ -182,6 +207,18 @@ class _Run:
             files[MODEL_CONFIG] = lambda path: path.write_text(named, encoding="utf-8")
         save_bundle(program, self.config.out, force=True, files=files)
         shutil.rmtree(folder)
+
+    def _trainer(self) -> Trainer:
+        """The loop, before its first step."""
+        config = self.config
+        torch.manual_seed(config.seed + self.world.data_rank)
+        data = self._loader(self.data.training, shuffle=True)
+        evaluation = self._loader(self.data.evaluation) if self.data.evaluation else None
+        options = _options(config, data.order.steps_per_epoch)
+        engine = self._engine()
+        release()  # what it was made from
+        return Trainer(engine, self.objective, data, evaluation, options,
+                       run_folder(config) / CHECKPOINTS)  # fmt: skip
 
     def _engine(self) -> Engine:
         return make_engine(self.program, self.objective, self.data.scene, self.config, self.world)
@@ -223,7 +260,7 @@ class _Run:
             state.examples if state else 0, state.tokens if state else 0,
             state.seconds if state else 0.0, losses[0] if losses else None,
             losses[-1] if losses else None, before, after,
-            state.best_step if state and early else None, _peak_memory(), tuple(self.notes),
+            state.best_step if state and early else None, peak_memory(), tuple(self.notes),
         )  # fmt: skip
 
 
@@ -235,30 +272,3 @@ def _options(config: TrainConfig, per_epoch: int) -> Options:
         config.evaluate_every or per_epoch, config.save_every or per_epoch, config.log_every,
         config.patience, config.metric,
     )  # fmt: skip
-
-
-def _recorded(program: Program, config: TrainConfig, report: TrainReport) -> Program:
-    """The program with the training in its history."""
-    total = cost(program)
-    spec = f"train{{objective={report.objective},steps={report.steps}}}"
-    notes = [
-        f"{report.trainable:,} of {report.parameters:,} parameters learned from "
-        f"{Path(config.data).name}, {report.epochs:.3g} epochs, seed {config.seed}"
-    ]
-    if report.last_loss is not None:
-        notes.append(
-            f"loss {report.first_loss:.4f} at the start, {report.last_loss:.4f} at the end"
-        )
-    notes += [f"{name} {value:.4f} on the evaluation data"
-              for name, value in (report.after or {}).items()]  # fmt: skip
-    record = PassRecord(
-        spec, "approximate", report.steps, ("trained",), None, total.parameters, total.bytes,
-        total.operations, report.seconds, tuple(notes), fingerprint(program),
-    )  # fmt: skip
-    return replace(program, history=(*program.history, record))
-
-
-def _peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -60,8 +60,8 @@ def captured(config: TrainConfig, say: Say) -> Program:
     return program
 
 
-def fresh(config: TrainConfig, force: bool, say: Say) -> Program:
-    """The program that a new run starts from.
+def check_start(config: TrainConfig, force: bool) -> None:
+    """Refuses to write over what is there.
 
     Raises:
         UsageError: when the bundle or an unfinished run is there, without ``force``.
@@ -71,9 +71,29 @@ def fresh(config: TrainConfig, force: bool, say: Say) -> Program:
     if (folder / CONFIG).exists() and not force:
         raise UsageError(f"{folder} holds a run that did not end",
                          fix="--resume goes on with it, --force starts again")  # fmt: skip
+
+
+def learning(config: TrainConfig, say: Say) -> Program:
+    """The program after its passes, of which something learns.
+
+    Raises:
+        FtcError: as :func:`captured`; UsageError where nothing learns.
+    """
     program = captured(config, say)
     if not any(p.requires_grad for p in program.module.parameters()):
         raise UsageError("no parameter of the program learns", fix="--passes freeze{train=all}")
+    return program
+
+
+def fresh(config: TrainConfig, force: bool, say: Say) -> Program:
+    """The program that a new run starts from, as its folder keeps it.
+
+    Raises:
+        UsageError: as :func:`check_start` and :func:`learning` raise it.
+    """
+    check_start(config, force)
+    program = learning(config, say)
+    folder = run_folder(config)
     shutil.rmtree(folder, ignore_errors=True)
     say("saving the start of the run")
     save_bundle(program, folder / PROGRAM)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,7 @@ class Trainer:
         return self.state
 
     def first_evaluation(self) -> dict[str, float] | None:
-        """What the program did before its first step; read from the log of a resumed run.
-
-        Raises:
-            UsageError: for a ``metric`` that the objective has not.
-        """
+        """What the program did before its first step; read from the log of a resumed run."""
         if self.evaluation is None:
             return None
         first = self.log.records[0] if self.log and self.log.records else None
@@ -135,20 +132,39 @@ class Trainer:
         if self.engine.agree(known):
             return dict(first["evaluation"]) if first is not None and known else None
         found = self.evaluate()
-        if self.options.metric not in found:
-            raise UsageError(f"there is no metric {self.options.metric!r}",
-                             fix=nearest(self.options.metric, found))  # fmt: skip
         self._write({"evaluation": found})
         return found
 
-    def evaluate(self) -> dict[str, float]:
-        """The loss and the metrics on the evaluation data."""
+    def rehearse(self) -> tuple[float, float]:
+        """The loss of the first step and the seconds it takes; nothing is changed.
+
+        Raises:
+            UsageError: for a ``metric`` that the objective has not.
+        """
+        if self.evaluation is not None:
+            self.evaluate(1)
+        batches = next(self.data.steps(0))
+        begin = time.perf_counter()
+        loss = math.fsum(self.engine.gradients(batches).values())
+        self.optimizer.zero_grad()
+        return loss, time.perf_counter() - begin
+
+    def evaluate(self, most: int | None = None) -> dict[str, float]:
+        """The loss and the metrics on the evaluation data, or on its first ``most`` batches.
+
+        Raises:
+            UsageError: for a ``metric`` that the objective has not.
+        """
         assert self.evaluation is not None
         self.bar.note("evaluating")
-        losses, sums = self.engine.evaluate(self.evaluation.evaluation())
+        losses, sums = self.engine.evaluate(islice(self.evaluation.evaluation(), most))
         self.bar.note("")
-        return {"loss": math.fsum(losses.values()), **_several(losses),
-                **self.objective.metrics(losses, sums)}  # fmt: skip
+        found = {"loss": math.fsum(losses.values()), **_several(losses),
+                 **self.objective.metrics(losses, sums)}  # fmt: skip
+        if self.options.metric not in found:
+            raise UsageError(f"there is no metric {self.options.metric!r}",
+                             fix=nearest(self.options.metric, found))  # fmt: skip
+        return found
 
     def save(self, name: str) -> None:
         """Writes a checkpoint."""

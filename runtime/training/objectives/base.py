@@ -84,10 +84,12 @@ class Objective(ABC):
     Attributes:
         name: in text, as of a pass: ``mlm{share=0.2}``.
         columns: what a row must have.
+        cuts: whether of a text longer than a row only the beginning is used.
     """
 
     name: ClassVar[str]
     columns: ClassVar[tuple[str, ...]] = ("text",)
+    cuts: ClassVar[bool] = False
 
     @property
     def spec(self) -> str:

@@ -37,13 +37,15 @@ class Classification(Objective):
 
     name: ClassVar[str] = "sequence-classification"
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
+    cuts: ClassVar[bool] = True
 
     def check(self, program: Program) -> None:
         """Needs a row of scores for each text."""
         found = class_output(program.signature)
         if found is None or found[1] < 2:
+            number = " (or learn the number that it gives: --objective regression)" * bool(found)
             raise refused(self, program, "a row of scores for each text",
-                          "add a head with a pass: --passes head{labels=3}")  # fmt: skip
+                          f"add a head with a pass: --passes head{{labels=3}}{number}")  # fmt: skip
 
     def labels(self, rows: Sequence[Row], known: tuple[str, ...]) -> tuple[str, ...]:
         """The model's own names, or those in the data, in order."""
@@ -82,6 +84,7 @@ class Regression(Objective):
 
     name: ClassVar[str] = "regression"
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
+    cuts: ClassVar[bool] = True
 
     def check(self, program: Program) -> None:
         """Needs one number for each text."""
@@ -118,6 +121,7 @@ class TokenClassification(Objective):
 
     name: ClassVar[str] = "token-classification"
     columns: ClassVar[tuple[str, ...]] = ("words", "labels")
+    cuts: ClassVar[bool] = True
 
     def check(self, program: Program) -> None:
         """Needs a row of scores for each token."""
