@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from ftc.graph.program import Program
 from ftc.graph.sources import capture
 from ftc.passes.pipeline import Pipeline
 from ftc.runtime.training.engine import EngineOptions, OneProcess
@@ -128,20 +130,29 @@ def _eager(model: nn.Module, batches: list[Batch]) -> list[float]:
     return losses
 
 
-def _pair(name: str, dropout: float) -> tuple[Any, nn.Module, Objective, list[Batch]]:
+def _model(name: str, dropout: float) -> nn.Module:
     torch.manual_seed(1)
     model = MODELS[name](dropout)
     model.config.use_cache = False
+    return model
+
+
+@functools.cache
+def _program(name: str, dropout: float) -> Program:
     ids = torch.arange(2, 14).view(2, 6)
     dims = {0: "batch", 1: "sequence"}
-    program = capture(
-        model, task="masked-lm" if name == "bert" else "causal-lm",
+    return capture(
+        _model(name, dropout), task="masked-lm" if name == "bert" else "causal-lm",
         examples={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         dynamic={"input_ids": dims, "attention_mask": dims}, masks=["attention_mask"],
         ranges={"input_ids": VOCABULARY},
     )  # fmt: skip
+
+
+def _pair(name: str, dropout: float) -> tuple[Program, nn.Module, Objective, list[Batch]]:
+    """A program, and a model of its own with the same weights."""
     objective = parse_objective("mlm" if name == "bert" else "clm")
-    return program, model, objective, _batches(name != "bert")
+    return _program(name, dropout), _model(name, dropout), objective, _batches(name != "bert")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

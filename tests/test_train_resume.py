@@ -20,7 +20,7 @@ from ftc.graph.errors import BundleError, UsageError
 from ftc.graph.sources import capture
 from ftc.runtime.training.checkpoint import State, load_checkpoint, save_checkpoint
 from ftc.runtime.training.run import train
-from ftc.runtime.training.trainer import Interrupted
+from ftc.runtime.training.trainer import Interrupted, Trainer
 
 from .small import encoder
 from .training import config, sentences
@@ -56,7 +56,14 @@ def _child(given: Any, started: Any, stage: str | None) -> None:
     torch.set_num_threads(1)
     if stage is not None:
         _kill_at(stage)
-    train(given, resume=True, say=lambda text: started.set() if "reading" in text else None)
+    step = Trainer._step
+
+    def first(self: Trainer, batches: Any) -> None:
+        started.set()
+        step(self, batches)
+
+    Trainer._step = first  # type: ignore[method-assign]
+    train(given, resume=True)
 
 
 def _kill_at(stage: str) -> None:
@@ -112,12 +119,17 @@ def uninterrupted(folder: Path) -> bytes:
 
 
 def test_killed_at_random_moments(folder: Path, uninterrupted: bytes) -> None:
-    dice = random.Random(7)
+    dice, last = random.Random(7), folder / "killed.run/checkpoints/last/state.json"
+    reached = [0]
     for _ in range(KILLS):
         process = _start(_config(folder, "killed"))
-        time.sleep(dice.uniform(0.0, 0.15))
+        time.sleep(dice.uniform(0.0, 0.1))
         process.kill()
         process.join()
+        if last.exists():
+            reached.append(json.loads(last.read_text())["state"]["step"])
+    assert reached == sorted(reached), "a step that was saved is not lost"
+    assert reached[-1] > 0
     assert not (folder / "killed").exists(), "killed too late: there was nothing to go on with"
     report = train(_config(folder, "killed"), resume=True)
     assert report.steps == STEPS
@@ -141,8 +153,6 @@ def test_killed_while_saving(folder: Path, uninterrupted: bytes, stage: str) -> 
 def test_an_interrupt_saves_first(
     folder: Path, uninterrupted: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ftc.runtime.training.trainer import Trainer
-
     step = Trainer._step
 
     def interrupted(self: Trainer, batches: Any) -> None:
