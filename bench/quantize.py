@@ -170,15 +170,18 @@ def show(name: str, rows: list[Row]) -> None:
 
 def picture(found: dict[str, list[Row]], path: Path) -> None:
     """Accuracy against latency at each model's largest shape, a point a route."""
-    figure, panels = figure_of(list(found), 7)
+    figure, panels = figure_of(list(found), 8)
     for axes, rows in zip(panels, found.values(), strict=bool(panels)):
         shown = [row for row in rows if row.seconds]
         shape, measure_name = list(shown[0].seconds)[-1], next(iter(shown[0].accuracy))
-        for row in shown:
+        for number, row in enumerate(shown, 1):
+            color = "tab:red" if row.route.startswith("ftc") else "tab:gray"
             x, y = row.seconds[shape] * 1e3, row.accuracy[measure_name]
-            axes.scatter(x, y, color="tab:red" if row.route.startswith("ftc") else "tab:gray")
-            axes.annotate(row.route, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
+            axes.plot(x, y, "o", color=color, label=f"{number}  {row.route}")
+            axes.annotate(str(number), (x, y), fontsize=7, xytext=(3, 3),
+                          textcoords="offset points")  # fmt: skip
         axes.set(xlabel=f"ms at {shape}")
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), handlelength=0)
         label_accuracy(axes, measure_name)
     if figure:
         figure.savefig(path, dpi=120)

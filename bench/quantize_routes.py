@@ -273,4 +273,5 @@ ROUTES = {
     "ftc int8{activation=static}": Route(ftc, {"passes": "int8{activation=static}"}),
     "ftc int8{kernel=blocked}": Route(ftc, {"passes": "int8{kernel=blocked}"}),
     "ftc int4": Route(ftc, {"passes": "int4"}),
+    "ftc int4{keep=false}": Route(ftc, {"passes": "int4{keep=false}"}, ("smollm2",)),
 }
