@@ -23,6 +23,7 @@ from ftc.graph.errors import FtcError, UsageError, WriteError
 from ftc.graph.placement import Placement
 
 from .mesh import Mesh
+from .rendezvous import meet
 
 AXES = ("pp", "dp", "fsdp", "tp")
 
@@ -81,7 +82,9 @@ class World:
         self.mesh, self.device = mesh, device
         backend = "nccl" if device.type == "cuda" else "gloo"
         with self.watched():
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            store, rank, size = meet(timeout)
+            wait = timedelta(seconds=timeout)
+            dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=size)
             self.devices = dist.device_mesh.init_device_mesh(
                 device.type, mesh.shape, mesh_dim_names=AXES
             )
