@@ -58,6 +58,7 @@ SPECS = {  # beyond the defaults, which are always tested
         "int8{symmetric=false,min_size=0}",
     ],
 }
+BEFORE = {"merge": 'lora{target="product - head",rank=2}'}  # what a pass is for
 AGAIN_MODIFIES = {"awq", "smooth"}  # exact, and balances what it balanced before once more
 MODELS = ("mlp", "bert", "llama", "gpt2")
 ALL = [spec for name in registry.names() for spec in (name, *SPECS.get(name, ()))]
@@ -117,6 +118,8 @@ def run(spec: str, model: str) -> Run:
     given, before = parse_pass(spec), tiny(model)
     seen = [before.signature.probe(seed=5)] if "static" in spec else None
     ctx = Context(calibration=seen)
+    if given.name in BEFORE:
+        before = Pipeline.parse(BEFORE[given.name]).run(before, ctx).program
     for needed, reason in Pipeline((given,)).plan(before):
         if reason is not None:
             before = needed(before, ctx).program
