@@ -155,7 +155,8 @@ class _Sums:
                 self._adds[node.args[1]][node] = partial(self._add_share, program, node)
             elif node in self._biases:
                 self._adds[x].setdefault(("level", key), partial(self._add_level, node))
-                self._adds[node][node] = partial(self._add_output, node)
+                # a product's value may be the input of another, which is added too
+                self._adds[node]["output", node] = partial(self._add_output, node)
             else:  # shared by the products that read it
                 self._adds[x][key] = partial(self._add_input, node)
 

@@ -33,6 +33,7 @@ from ftc.graph.rewriter import Rewriter
 
 from .base import Context, Effect, Pass
 from .channels import Group, find_groups, scale_channels, shared
+from .context import random_rows
 
 _FLOOR = 1e-4  # of the mean channel: one that the data never used may be used tomorrow
 _SAMPLE = 64  # rows that tell whether a weight is on a grid
@@ -66,7 +67,7 @@ class Awq(Pass):
         scheme = Scheme(4, self.group_size, self.symmetric)
         groups = [g for g in find_groups(rw.program) if self._fits(rw.program, g)]
         free = [g for g in groups if not _on_grid(rw.program, g, scheme)]
-        data = ctx.calibration or ctx.probes_for(rw.program)
+        data = ctx.calibration or random_rows(rw.program, ctx.seed)
         inputs = [group.x for group in free]
         sizes, found = _sizes(rw.program, data, inputs), grams(rw.program, data, inputs)
         scaled = 0

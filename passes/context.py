@@ -8,6 +8,7 @@ the outputs after one pass are the outputs before the next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,7 @@ from ftc.graph.target import Target, target
 
 Inputs = Mapping[str, Tensor]
 _PROBE_SIZES = ((2, 7, 11, 17), (3, 13, 19, 5))
+_FEW, _ROWS, _ELEMENTS = 4, 256, 1 << 18  # of random rows; all inputs together
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,20 @@ def random_probes(program: Program, seed: int = 0) -> tuple[Inputs, ...]:
         legal = {d: min(n, signature.limits.get(d, n)) for d, n in wanted.items()}
         probes.append(signature.probe(seed=seed + index, **legal))
     return tuple(probes)
+
+
+def random_rows(program: Program, seed: int = 0) -> tuple[Inputs, ...]:
+    """Random inputs to learn from where there is no calibration data, none of them a probe.
+
+    What is learned from the probes fits them, and drift measured on them then says little.
+    """
+    signature = program.signature
+    names = signature.dims
+    fixed = sum(math.prod(d for d in i.shape if isinstance(d, int)) for i in signature.inputs)
+    most = max(_FEW, min(_ROWS, _ELEMENTS // max(fixed, 1)))
+    wanted = dict(zip(names, (most,) if len(names) == 1 else (8, 32), strict=False))
+    legal = {d: min(n, signature.limits.get(d, n)) for d, n in wanted.items()}
+    return tuple(signature.probe(seed=seed + 1000 + index, **legal) for index in range(2))
 
 
 def cut_to_limits(inputs: Inputs, signature: Signature) -> Inputs:

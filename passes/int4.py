@@ -33,6 +33,7 @@ from ftc.graph.shapes import value
 from .base import Context, Effect, Pass
 from .biases import with_values
 from .budget import Levels, Search, drift_of, listed
+from .context import random_rows
 from .int8 import Int8
 from .quantizing import PRODUCTS_AND_TABLES, check_group_size, quantized_reader, unsupported
 from .residual import largest_rank
@@ -187,7 +188,7 @@ class Int4(Pass):
                 name: to_nearest(weight, scheme, self._rank_for(left[name]))
                 for name, weight in tensors.items()
             }
-        data = ctx.calibration or ctx.probes_for(rw.program)
+        data = ctx.calibration or random_rows(rw.program, ctx.seed)
         return done | Rounding(rw.program, data, scheme, self.residual_rank)(left)
 
     def _rank_for(self, readers: list[fx.Node]) -> int:

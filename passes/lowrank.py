@@ -155,6 +155,8 @@ class LowRank(Pass):
             rw.note(f"left {others} weights as they are: not all that reads them "
                     "multiplies by the same matrix")  # fmt: skip
         if not able:
+            rw.note("nothing that was selected can be factored: no product, embedding or "
+                    "convolution of one group")  # fmt: skip
             return
         limits = self._limits(rw, ctx, able)
         measure = Measure(self._method(ctx), self.damping, rw, ctx, able,

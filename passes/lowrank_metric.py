@@ -13,7 +13,7 @@ from ftc.graph.matrices import Matrix, is_gather, source
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.spectrum import Spectrum, damped_outputs, damped_root, spectrum
 
-from .context import Context
+from .context import Context, random_rows
 
 Method = Literal["plain", "diagonal", "whitened", "fisher"]
 _RANDOM_SHARE = 0.3
@@ -42,9 +42,10 @@ class Measure:
         self._roots: dict[fx.Node, Tensor] = {}
         if self._method == "plain":
             return
-        data = ctx.calibration or ctx.probes_for(rw.program)
+        data = ctx.calibration or random_rows(rw.program, ctx.seed)
         if not ctx.calibration:
-            rw.note("no calibration data: random inputs stand for it")
+            rw.note("no calibration data: random inputs stand for it, others than drift is "
+                    "measured on")  # fmt: skip
         share = _RANDOM_SHARE if self._method == "fisher" and ctx.calibration else 0.0
         nodes = {node for matrix, _ in able for node in matrix.nodes}
         # as the data ran: rewrites change them

@@ -10,6 +10,7 @@ the budget may be left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ def share_out(curves: Mapping[str, Curve], share: float) -> dict[str, int]:
         bound = least / whole if curves else 1.0
         raise PreconditionError(
             f"a budget of {share:g} cannot be met: rank 1 everywhere keeps {bound:.3g}",
-            fix=f"lowrank{{budget={min(bound * 1.01 + 0.01, 1.0):.2g}}} at least",
+            fix=f"lowrank{{budget={min(math.ceil(bound * 1000) / 1000, 1.0):g}}} at least",
         )
     low, high = 0.0, 1.0
     while _cost(curves, _ranks(curves, high)) > share * whole:

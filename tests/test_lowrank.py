@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ftc.graph import fisher
+from ftc.graph.capture import capture_module
 from ftc.graph.drift import measure_drift
 from ftc.graph.errors import BudgetError, PreconditionError, UsageError
 from ftc.graph.fisher import moments
@@ -338,3 +339,26 @@ def test_factors_train_and_compose_with_int8():
     both = Pipeline.parse("int8{min_size=0}").run(cut, Context.for_program(cut)).program
     assert any(name.endswith(".A.quantized") for name, _ in both.tensors())
     assert measure_drift(cut, both, program.signature.probe(seed=3)).relative < 0.2
+
+
+def test_lowrank_twice_measures_thin_products_whose_value_another_reads() -> None:
+    program = tiny("bert")
+    once = Pipeline.parse("lowrank{ratio=0.9}").run(program).program
+    twice = Pipeline.parse("lowrank{budget=0.8}").run(once)
+    assert twice.records[-1].modified
+
+
+def test_without_calibration_the_drift_is_that_of_other_inputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 10)).eval()
+    dims = {"input": {0: "batch"}}
+    program = capture_module(model, {"input": torch.randn(2, 64)}, dynamic=dims)
+    done = Pipeline.parse("lowrank{budget=0.5}").run(program)
+    x = {"input": torch.randn(500, 64)}
+    seen = measure_drift(program, done.program, x).relative
+    assert done.drift is not None and seen < 1.5 * done.drift.relative
+
+
+def test_a_selection_with_nothing_to_factor_is_told() -> None:
+    done = Pipeline.parse("lowrank{budget=0.8,select=norm}").run(tiny("bert"))
+    assert any("nothing that was selected" in note for note in done.records[-1].notes)
