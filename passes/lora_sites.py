@@ -19,6 +19,7 @@ from torch import fx
 
 from ftc.graph.adapters import adapter_kind
 from ftc.graph.cost import argument
+from ftc.graph.matrices import POINTWISE
 from ftc.graph.products import plain_input
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.shapes import shape
@@ -26,15 +27,6 @@ from ftc.graph.structure import Structure
 from ftc.graph.structure.weights import WeightProduct
 
 aten = torch.ops.aten
-
-_POINTWISE: dict[Any, Any] = {
-    aten.conv1d.default: aten.conv1d.default,
-    aten.conv1d.padding: aten.conv1d.default,
-    aten.conv2d.default: aten.conv2d.default,
-    aten.conv2d.padding: aten.conv2d.default,
-    aten.conv3d.default: aten.conv3d.default,
-    aten.conv3d.padding: aten.conv3d.default,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +53,7 @@ class LoraSite:
     @property
     def is_convolution(self) -> bool:
         """Whether it slides over positions."""
-        return self.node.target in _POINTWISE
+        return self.node.target in POINTWISE
 
     @property
     def inner(self) -> tuple[int, ...]:
@@ -85,7 +77,7 @@ class LoraSite:
         thin = rw.call(target, x, a, *((None, *self.node.args[3:]) if self.is_convolution else ()))
         if scale != 1:
             thin = rw.call(aten.mul.Tensor, thin, scale)
-        return rw.call(_POINTWISE.get(target, target), thin, b)
+        return rw.call(POINTWISE.get(target, target), thin, b)
 
 
 def lora_sites(structure: Structure) -> tuple[list[LoraSite], list[frozenset[str]]]:
@@ -121,6 +113,6 @@ def _factored(product: WeightProduct) -> LoraSite | None:
 
 
 def _fits(node: fx.Node) -> bool:
-    if node.target in _POINTWISE:
+    if node.target in POINTWISE:
         return bool(argument(node, "groups") == 1)
     return str(node.target) in ("aten.linear.default", "ftc.quantized_linear.default")

@@ -22,9 +22,10 @@ from ftc.graph.pieces import Inputs, pieces, positions, random_like, sampled, wi
 from ftc.graph.program import Program
 from ftc.graph.side_by_side import side_by_side
 
+from .lowrank_metric import RANDOM_SHARE
+
 Factors = tuple[Tensor, Tensor]
 _AT_ONCE, _TOKENS = 48, 2048  # of a run, of all
-_RANDOM_SHARE = 0.3
 
 
 def corrected_biases(
@@ -57,7 +58,7 @@ def _runs(program: Program, data: Sequence[Inputs], seed: int) -> list[tuple[Inp
     given = sampled(signature, cut, _TOKENS)
     random = [random_like(signature, each, seed + run) for run, each in enumerate(given[::3])]
     made: list[tuple[Inputs, float]] = []
-    for share, own in ((1 - _RANDOM_SHARE, given), (_RANDOM_SHARE, random)):
+    for share, own in ((1 - RANDOM_SHARE, given), (RANDOM_SHARE, random)):
         size = sum(positions(signature, each) for each in own)
         made += [(each, share * positions(signature, each) / size) for each in own]
     return made

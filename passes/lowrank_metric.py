@@ -16,7 +16,7 @@ from ftc.graph.spectrum import Spectrum, damped_outputs, damped_root, spectrum
 from .context import Context, random_rows
 
 Method = Literal["plain", "diagonal", "whitened", "fisher"]
-_RANDOM_SHARE = 0.3
+RANDOM_SHARE = 0.3
 """Of random inputs in the moments, so that other texts than the calibration's fare well."""
 
 
@@ -46,7 +46,7 @@ class Measure:
         if not ctx.calibration:
             rw.note("no calibration data: random inputs stand for it, others than drift is "
                     "measured on")  # fmt: skip
-        share = _RANDOM_SHARE if self._method == "fisher" and ctx.calibration else 0.0
+        share = RANDOM_SHARE if self._method == "fisher" and ctx.calibration else 0.0
         nodes = {node for matrix, _ in able for node in matrix.nodes}
         # as the data ran: rewrites change them
         self._nodes = {matrix.weight: matrix.nodes for matrix, _ in able}

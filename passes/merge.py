@@ -67,7 +67,7 @@ class Merge(Pass):
                 f"merge: {lost[0]} is not part of an adapter as lora makes it",
                 fix="merge before the pass that rewrote it",
             )
-        merged = any(record.spec.partition("{")[0] == self.name for record in program.history)
+        merged = any(record.name == self.name for record in program.history)
         if not found and not merged:
             others = sorted(n for n in adapter_parameters(program) if adapter_kind(n) != "lora")
             raise PreconditionError(

@@ -173,7 +173,7 @@ def _note(program: Program, reason: str | None) -> Program:
 def _nothing_left(each: Pass, history: Sequence[PassRecord], known: int) -> str | None:
     """What to say of a last pass that changed nothing, because it or one like it had run before.
 
-    Of approximate passes also in what the program went through before its first ``known`` records.
+    The first ``known`` records are older than this pipeline; they count for approximate passes.
     """
     *earlier, last = history
     if last.modified:
@@ -183,12 +183,8 @@ def _nothing_left(each: Pass, history: Sequence[PassRecord], known: int) -> str 
         alike |= {cls.name for fact in each.provides for cls in providers(fact)}
     else:
         earlier = earlier[known:]
-    before = next((r.spec for r in reversed(earlier) if _name(r) in alike and r.modified), None)
+    before = next((r.spec for r in reversed(earlier) if r.name in alike and r.modified), None)
     return before and f"nothing was left for it after {before}"
-
-
-def _name(record: PassRecord) -> str:
-    return record.spec.partition("{")[0]
 
 
 def _relative(program: Program) -> float:

@@ -22,7 +22,7 @@ import torch
 from onnx_ir import Value
 
 from .emitter import Emitter
-from .grouped import grouped
+from .grouped import grouped, whole_turn
 from .table import Unsupported, lowers
 
 aten = torch.ops.aten
@@ -98,12 +98,7 @@ def _cached(
 def _scaled(e: Emitter, query: Value, scale: float) -> Value:
     """``scale * query``; of one that is turned, the cosines and sines are multiplied, once."""
     factor = e.const(scale, e.dtype(query))
-    turn = query.producer()
-    if (
-        turn is None
-        or turn.op_type != "RotaryEmbedding"
-        or "rotary_embedding_dim" in turn.attributes
-    ):
+    if (turn := whole_turn(query)) is None:
         return e.op("Mul", query, factor, dims=e.dims(query))  # type: ignore[no-any-return]
     x, *waves = turn.inputs
     heads = turn.attributes.get("num_heads")
