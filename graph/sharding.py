@@ -80,7 +80,7 @@ def share(length: int, rank: int, size: int, blocks: int | None = None) -> tuple
 
 
 def part(tensor: Tensor, shard: Shard, rank: int, size: int) -> Tensor:
-    """What ``rank`` of ``size`` ranks holds of a whole tensor; contiguous.
+    """What ``rank`` of ``size`` ranks holds of a whole tensor: a contiguous copy.
 
     Raises:
         PreconditionError: for a tensor or a number of ranks that the shard is not for.
@@ -97,7 +97,9 @@ def part(tensor: Tensor, shard: Shard, rank: int, size: int) -> Tensor:
         start, stop = share(length, rank, size)
         pieces.append(tensor.narrow(shard.axis, at + start, stop - start))
         at += length
-    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, shard.axis)
+    if len(pieces) > 1:
+        return torch.cat(pieces, shard.axis)
+    return pieces[0].clone(memory_format=torch.contiguous_format)
 
 
 def whole(parts: Sequence[Tensor], shard: Shard) -> Tensor:

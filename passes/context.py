@@ -39,6 +39,8 @@ class Context:
         seed: of everything random.
         target: the machine that will run the program.
         shapes: sizes of the dynamic dimensions that it will meet; empty: not known.
+        proven: another process runs the same passes on the same program and tests their
+            promises: here nothing is run for that, so no weight is read.
     """
 
     probes: tuple[Inputs, ...] = ()
@@ -48,6 +50,7 @@ class Context:
     seed: int = 0
     target: Target = field(default_factory=lambda: target("portable"))
     shapes: tuple[Mapping[str, int], ...] = ()
+    proven: bool = False
     _outputs: WeakKeyDictionary[fx.GraphModule, tuple[dict[str, Tensor], ...]] = field(
         default_factory=WeakKeyDictionary, repr=False, compare=False
     )

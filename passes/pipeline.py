@@ -71,7 +71,7 @@ class PipelineResult:
         program: the result; its history has grown by ``records``.
         records: one for each pass that ran.
         drift: of the result against the program the pipeline began with; None
-            where the inputs changed.
+            where the inputs changed, or where it is proven elsewhere.
     """
 
     program: Program
@@ -138,7 +138,7 @@ class Pipeline:
         plan = self.plan(program)
         observer.planned([each for each, _ in plan])
         known, signature = len(program.history), program.signature
-        expected = ctx.outputs(program)
+        expected = () if ctx.proven else ctx.outputs(program)
         current, worst = program, None
         del program
         for each, reason in plan:
@@ -156,7 +156,7 @@ class Pipeline:
                 worst = (each, current, after)
             current = after
             del after
-        drift = _total_drift(signature, expected, current, ctx)
+        drift = None if ctx.proven else _total_drift(signature, expected, current, ctx)
         if worst and drift and ctx.max_drift is not None and drift.relative > ctx.max_drift:
             raise _over_budget(drift, ctx, *worst)
         return PipelineResult(current, current.history[known:], drift)

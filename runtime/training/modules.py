@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,11 +25,15 @@ def owned(program: Program) -> Program:
     clone = program.clone()
     tensors = dict(clone.tensors())
     written = {*trainable(clone), *running_buffers(clone)}
-    if 2 * sum(tensors[name].nbytes for name in written) > sum(t.nbytes for t in tensors.values()):
-        written = {*tensors}
-    for name in written:
+    for name in tensors if mostly(clone, written) else written:
         tensors[name].data = tensors[name].detach().clone()
     return clone
+
+
+def mostly(program: Program, names: Collection[str]) -> bool:
+    """Whether most bytes of a program's tensors are those of ``names``."""
+    sizes = {name: tensor.nbytes for name, tensor in program.tensors()}
+    return 2 * sum(sizes[name] for name in names) > sum(sizes.values())
 
 
 def in_mode(

@@ -88,10 +88,10 @@ def train(
     set_threads(config.threads)
     with joined(config) as world:
         if config.steps == 0:
-            return _Run(config, owned(captured(config, say)), say, world).score()
+            return _Run(config, _proven(captured(config, say), world), say, world).score()
         if dry_run:
             world.first(lambda: check_start(config, force))
-            return _Run(config, owned(learning(config, say)), say, world).rehearse()
+            return _Run(config, _proven(learning(config, say), world), say, world).rehearse()
         program, new = _begin(config, resume, force, say, world)
         release()  # the weights as they came
         run = _Run(config, program, say, world)
@@ -111,13 +111,33 @@ def _begin(
     def prepare() -> tuple[Program, bool]:
         before = resumed(config) if resume else None
         has_checkpoint(run_folder(config) / CHECKPOINTS / LAST)  # mends one half exchanged
-        return before or fresh(config, force, say), before is None
+        made = before or fresh(config, force, say)
+        if _prove(made, world):
+            made = load_bundle(start, checked=True)  # of which nothing was read yet
+        return made, before is None
 
+    start = run_folder(config) / PROGRAM
     made = world.first(prepare)
-    program, new = made or (load_bundle(run_folder(config) / PROGRAM), False)
+    program, new = made or (load_bundle(start, checked=True), False)
     mesh = world.mesh
     spread = mesh.pp > 1 or mesh.fsdp > 1 or mesh.tp > 1
     return (program.clone() if spread else owned(program)), new
+
+
+def _prove(program: Program, world: World | Alone) -> bool:
+    """Runs a program whole and cut, if the mesh cuts it: one process does, for all of them."""
+    if world.mesh.tp == 1:
+        return False
+    from .engines.arrange import prove
+
+    prove(program, world.mesh.tp)
+    return True
+
+
+def _proven(program: Program, world: World | Alone) -> Program:
+    """A program that every process captured, to be changed."""
+    world.first(lambda: _prove(program, world))
+    return owned(program)
 
 
 class _Run:

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from ftc.graph.errors import PreconditionError
 from ftc.graph.placement import Placement, place
-from ftc.graph.program import Program
+from ftc.graph.program import Program, attach
 from ftc.graph.sharding import CUT, Shard, layout, shard_program
 from ftc.graph.stages import KEY, annotated
+from ftc.passes.context import Context
 from ftc.passes.pipeline import Pipeline as Passes
 from ftc.runtime.training.modules import running_buffers, trainable
 
 from .schedules import kind_of
+from .shards import keep
 from .world import World
 
 
@@ -64,6 +66,9 @@ class Arranged:
 def arrange(program: Program, world: World, schedule: str) -> Arranged:
     """``program`` for this process of a mesh; says which rank of a ``tp`` group it is.
 
+    No weight is read but this rank's parts: that the cut program computes what the whole
+    one does is for :func:`prove`, in one process of the run.
+
     Args:
         program: of the run; is not changed.
         world: the processes.
@@ -73,19 +78,36 @@ def arrange(program: Program, world: World, schedule: str) -> Arranged:
         PreconditionError: where the program cannot be cut over the mesh's ranks.
     """
     ranks = world.mesh.tp
-    place(Placement())  # passes run whole programs
-    made = program
-    if ranks > 1 and not any(CUT in record.provides for record in program.history):
-        made = Passes.parse(f"tensor_parallel{{size={ranks}}}").run(program).program
-        _join_stages(made)
+    made = _over_ranks(program, ranks, Context(proven=True))
     made = staged(made, world.mesh.pp, schedule)
     strides = _strides(program, made)
     if ranks == 1:
-        return Arranged(made, {}, strides)
+        return Arranged(_apart(made), {}, strides)
     shards, rank = layout(made), world.place("tp")
     own = shard_program(made, rank, ranks)
+    keep(tensor for name, tensor in own.tensors() if name not in shards)
     place(Placement(rank, ranks, world.group("tp")))
     return Arranged(own, shards, strides)
+
+
+def prove(program: Program, ranks: int) -> None:
+    """Runs ``program`` whole and cut over ``ranks``, and compares; reads every weight.
+
+    Raises:
+        PreconditionError: where it cannot be cut.
+        PromiseError: where the ranks compute something else.
+    """
+    _over_ranks(program, ranks, None)
+
+
+def _over_ranks(program: Program, ranks: int, ctx: Context | None) -> Program:
+    """The program with its products cut, if they are not yet."""
+    place(Placement())  # passes run whole programs
+    if ranks == 1 or any(CUT in record.provides for record in program.history):
+        return program
+    made = Passes.parse(f"tensor_parallel{{size={ranks}}}").run(program, ctx).program
+    _join_stages(made)
+    return made
 
 
 def staged(program: Program, processes: int, schedule: str) -> Program:
@@ -93,7 +115,16 @@ def staged(program: Program, processes: int, schedule: str) -> Program:
     count = processes * kind_of(schedule).stages
     if processes == 1 or len(set(annotated(program).values())) == count:
         return program
-    return Passes.parse(f"partition{{stages={count}}}").run(program).program
+    spec = f"partition{{stages={count}}}"
+    return Passes.parse(spec).run(program, Context(proven=True)).program  # it changes no number
+
+
+def _apart(program: Program) -> Program:
+    """A clone whose buffers too may get other memory."""
+    clone = program.clone()
+    for name, buffer in [*clone.module.named_buffers()]:
+        attach(clone.module, name, buffer.detach())
+    return clone
 
 
 def _join_stages(program: Program) -> None:

@@ -29,7 +29,7 @@ from ftc.runtime.memory import hand_back_at_once
 from ftc.runtime.training.engine import EngineOptions, OneProcess, prepare
 from ftc.runtime.training.objectives.base import Batch, Objective, Scene
 
-from .shards import forget, local, part_of, restore, scale_to, whole_of
+from .shards import forget, keep, local, part_of, scale_to, wholes
 from .world import World
 
 
@@ -67,11 +67,12 @@ class DataParallel(OneProcess):
         self.process, self.main = world.process, world.main
         self._totals: Mapping[str, float] = {}
         self._sharded = world.mesh.fsdp > 1
+        self._loss: Any = _Loss(self._training, self._means)
         if self._sharded:
             self._shard()
-        else:
+        elif self.size > 1:  # or it would keep gradients twice
             self._loss = nn.parallel.DistributedDataParallel(
-                _Loss(self._training, self._means), process_group=world.group("data"),
+                self._loss, process_group=world.group("data"),
                 find_unused_parameters=True,
             )  # fmt: skip
 
@@ -87,8 +88,7 @@ class DataParallel(OneProcess):
         plain = fold(self._in_mode(training=False))
         self._evaluation = Forwards(self._folded, plain)
         shard(self._folded, self.world)
-        for buffer in self.buffers().values():  # written to, and mapped from a file
-            buffer.data = buffer.detach().clone()
+        keep(buffer for _, buffer in self._program.module.named_buffers())  # not the whole file
         self._full = dict(self._program.module.named_parameters())
         forget(self._full.values())  # the shards are copies
         sharded = dict(self._folded.module.named_parameters())
@@ -125,7 +125,7 @@ class DataParallel(OneProcess):
             self._folded.module.set_requires_gradient_sync(last)
             yield
             return
-        with nullcontext() if last else self._loss.no_sync():
+        with nullcontext() if last or self.size == 1 else self._loss.no_sync():
             yield
 
     def clip(self, most: float) -> float:
@@ -161,16 +161,18 @@ class DataParallel(OneProcess):
 
     def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors."""
-        return {name: whole_of(tensor) for name, tensor in tensors.items()}
+        return wholes(tensors, here=self.main)
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """This process's part of a whole tensor."""
         return part_of(self._parameters.get(name), whole)
 
     def finish(self) -> None:
-        """The program's own tensors hold the result, on the CPU, from here on."""
+        """The program's own tensors hold the result, on the CPU, on the main process."""
         if self._sharded:
-            restore(self._full, self._all)
+            held = {name: tensor.detach() for name, tensor in self._all.items()}
+            for name, whole in wholes(held, here=self.main).items():
+                self._full[name].data = whole.clone()
         super().finish()
 
 

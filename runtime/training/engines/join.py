@@ -44,7 +44,8 @@ def make_engine(
     """The engine of this process.
 
     Args:
-        program: what is trained; it stays whole, and holds the result at the end.
+        program: what is trained. It holds the result at the end, on the main process; until
+            then a process of a mesh holds its parts only.
         objective, scene: of the run.
         config: of the run.
         world: its processes.

@@ -20,10 +20,11 @@ from ftc.graph.placement import gather_whole
 from ftc.graph.program import Program
 from ftc.graph.sharding import part
 from ftc.runtime.training.engine import Engine
+from ftc.runtime.training.modules import mostly
 from ftc.runtime.training.objectives.base import Batch
 
 from .arrange import Arranged
-from .shards import local, scale_to, whole_of
+from .shards import forget, keep, local, scale_to, whole_of
 from .world import World
 
 
@@ -43,7 +44,8 @@ class OnParts:
     """An engine whose tensors are parts of those of the run's program.
 
     Args:
-        program: of the run; its tensors hold the result at the end.
+        program: of the run; its tensors are forgotten, and hold the result at the end where
+            the main process is.
         arranged: what ``inner`` trains.
         inner: computes.
         world: the processes.
@@ -55,6 +57,7 @@ class OnParts:
         self._program, self._arranged, self._inner, self.world = program, arranged, inner, world
         self.rank, self.size = inner.rank, inner.size
         self.process, self.main, self.names = inner.process, inner.main, inner.names
+        self._let_go()
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """This process's parts of what learns."""
@@ -99,7 +102,11 @@ class OnParts:
 
     def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors, as the run's program stores them."""
-        gathered = {name: self._whole(name, tensor) for name, tensor in tensors.items()}
+        gathered = {}
+        for name, tensor in tensors.items():
+            whole = self._whole(name, tensor)
+            if self.world.speaks:  # the others dropped it
+                gathered[name] = whole
         return self._inner.collect(gathered)
 
     def part(self, name: str, whole: Tensor) -> Tensor:
@@ -117,6 +124,14 @@ class OnParts:
             for name, tensor in everything.items():
                 self._program.tensor(name).data = tensor.cpu()
         self._inner.finish()
+
+    def _let_go(self) -> None:
+        """The run's tensors, and with them the file; what stays as it was is for the bundle."""
+        tensors = dict(self._program.tensors())
+        rest = {name: t for name, t in tensors.items() if name not in self.names and self.main}
+        forget(tensor for name, tensor in tensors.items() if name not in rest)
+        if mostly(self._program, self.names):
+            keep(rest.values())
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
         """The whole of a parameter, or of what an optimizer keeps of it (``name/key``)."""

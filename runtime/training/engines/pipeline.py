@@ -27,7 +27,7 @@ from ftc.runtime.training.objectives.base import Batch, Objective, Scene, hidden
 from .data_parallel import shown
 from .microbatch import cut_back, largest, padded, sizes_of
 from .schedules import Kind, check_microbatches, kind_of, make_schedule, owners
-from .shards import forget, local, part_of, scale_to, whole_of
+from .shards import forget, keep, local, part_of, scale_to, wholes
 from .stage import StageModule, messages
 from .world import World, add_gradients, gather
 
@@ -89,9 +89,9 @@ class Pipeline:
 
     def _place(self) -> None:
         """This process's stages on its device, sharded where the mesh says so."""
-        for name, tensor in self._full.items():
-            own = tensor.detach().clone() if name in self.names else tensor.data
-            tensor.data = own.to(self._device)
+        keep(self._full.values(), self._device)
+        others = (t for name, t in self._program.tensors() if name not in self._full)
+        forget(others, self._device)
         self._modules = {i: StageModule(self._stages[i], self._options, self.world,
                                         splits=self._kind.splits) for i in self.mine}  # fmt: skip
         self._held: dict[str, nn.Parameter] = {}
@@ -283,8 +283,7 @@ class Pipeline:
 
     def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors of all stages, on the main process."""
-        whole = {name: whole_of(tensor) for name, tensor in tensors.items()}
-        return gather(whole, self.world, "pp")
+        return gather(wholes(tensors, here=self.world.speaks), self.world, "pp")
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """This process's part of a whole tensor."""

@@ -28,16 +28,32 @@ def part_of(like: Tensor | None, whole: Tensor) -> Tensor:
                              src_data_rank=None)  # fmt: skip
 
 
-def forget(tensors: Iterable[Tensor]) -> None:
+def keep(tensors: Iterable[Tensor], device: torch.device | None = None) -> None:
+    """Gives tensors memory of their own, so that what they are parts of, or a file, can go."""
+    for tensor in tensors:
+        own = tensor.detach().to(device or tensor.device)
+        tensor.data = own.clone() if own.data_ptr() == tensor.data_ptr() else own
+
+
+def forget(tensors: Iterable[Tensor], device: torch.device | None = None) -> None:
     """Frees the memory of tensors; their shapes stay."""
     for tensor in tensors:
-        tensor.data = tensor.data.new_zeros(()).expand(tensor.shape)
+        tensor.data = tensor.data.new_zeros((), device=device).expand(tensor.shape)
 
 
-def restore(full: Mapping[str, Tensor], sharded: Mapping[str, Tensor]) -> None:
-    """Gives parameters their whole tensors back."""
-    for name, tensor in full.items():
-        tensor.data = whole_of(sharded[name].detach()).clone()
+def wholes(tensors: Mapping[str, Tensor], *, here: bool) -> dict[str, Tensor]:
+    """Whole tensors, gathered one after another; every process that has a part calls it.
+
+    Args:
+        tensors: parts, by name.
+        here: whether this process is to have them; else each is dropped at once.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        whole = whole_of(tensor)
+        if here:
+            found[name] = whole
+    return found
 
 
 def scale_to(

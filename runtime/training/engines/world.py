@@ -66,6 +66,7 @@ class World:
         rank: of this process among all.
         process: its number where those that share a program (``tp``) count as one.
         data_rank, data_size: among those that see different rows.
+        speaks: whether it is the first of those that have parts of the same stages.
         main: whether this process writes files and talks.
 
     Raises:
@@ -92,6 +93,8 @@ class World:
         self.rank = dist.get_rank()
         self.process, self.main = self.rank // mesh.tp, self.rank == 0
         self.data_rank, self.data_size = self._data.get_local_rank(), mesh.dp * mesh.fsdp
+
+        self.speaks = self.data_rank == self.place("tp") == 0
 
     def leave(self) -> None:
         """Ends the connection; without waiting for anybody."""
