@@ -21,7 +21,7 @@ from typing import Any
 
 from scale_runs import MICROBATCHES, balance, peak, product, run, save, step
 
-MESHES = ("dp=2", "fsdp=2", "tp=2", "pp=2")
+MESHES = ("dp=1", "dp=2", "fsdp=2", "tp=2", "pp=2")
 PIPELINES = ((2, "gpipe"), (2, "1f1b"), (2, "zero-bubble"), (4, "gpipe"), (4, "1f1b"))
 
 
@@ -53,12 +53,15 @@ def main() -> None:
 
 
 def memory(folder: Path) -> dict[str, Any]:
-    """Peak resident megabytes of the largest process of each mesh."""
+    """Peak resident megabytes of the largest process of each mesh, and what its weights take."""
     size = run(1, save, folder, 720, 8000)[0]
     found: dict[str, Any] = {"parameters": size / 2**20}
     for mesh in MESHES:
-        found[mesh] = max(run(2, peak, folder, mesh)) / 1e6
-        print(f"{mesh:8} peak {found[mesh]:6.0f} MB, {found[mesh] / found['dp=2']:.2f} of DDP's, "
+        ranks = run(int(mesh[-1]), peak, folder, mesh)
+        found[mesh] = max(each for each, _ in ranks) / 1e6
+        found[f"{mesh} loaded"] = max(loaded for _, loaded in ranks) / 1e6
+        print(f"{mesh:8} peak {found[mesh]:6.0f} MB, {found[mesh] / found['dp=1']:.2f} of one "
+              f"process; {found[f'{mesh} loaded']:6.0f} MB once loaded, "
               f"{size / 2**20:.0f} MiB of parameters", flush=True)  # fmt: skip
     return found
 

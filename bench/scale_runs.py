@@ -102,21 +102,29 @@ def product() -> float:
     return best
 
 
-def peak(folder: Path, mesh: str) -> int:
-    """Bytes of the largest resident size in a few steps of AdamW."""
+def peak(folder: Path, mesh: str) -> tuple[int, int]:
+    """Bytes of the largest resident size in a few steps of AdamW, and private ones before them."""
     import torch
 
     from ftc.runtime.memory import peak_memory, release
 
+    private = private_bytes()
     engine, batch, world, _ = made(folder, mesh, "1f1b")
     release()
+    loaded = private_bytes() - private
     optimizer = torch.optim.AdamW(engine.parameters().values(), fused=True)
     for _ in range(3):
         engine.gradients([batch] * (2 if "pp" in mesh else 1))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     world.leave()
-    return peak_memory()
+    return peak_memory(), loaded
+
+
+def private_bytes() -> int:
+    """Resident bytes of this process that are no pages of a file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
 def made(folder: Path, mesh: str, schedule: str) -> tuple[Any, Any, Any, Any]:
