@@ -24,7 +24,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor, fx
 
 from ftc.graph import shapes
-from ftc.graph.cached import IN_PLACE
+from ftc.graph.cached import IN_PLACE, is_cached
 from ftc.graph.errors import LoweringError
 from ftc.graph.program import Program
 from ftc.graph.provenance import describe
@@ -32,8 +32,9 @@ from ftc.graph.provenance import describe
 from .lowering import Emitter, Unsupported
 from .lowering.decompose import decompose
 from .lowering.file import save_onnx
-from .lowering.finish import alive, fold_views
+from .lowering.finish import alive, fold_views, fuse_skips
 from .lowering.grouped import writes_in_place
+from .lowering.joined import remember
 from .lowering.rotary import find_rotary
 from .lowering.table import STORAGE_ARGUMENTS, translation
 
@@ -125,7 +126,10 @@ class _Lowering:
                 result = self._translate(node, args, kwargs)
         finally:
             e.node, e.out = outer
-        return self._conform(node, result, out)
+        value = self._conform(node, result, out)
+        if (found := translation(node.target)) is not None:
+            remember(node, value, found[0], args, kwargs)
+        return value
 
     def _translate(self, node: fx.Node, args: Any, kwargs: Mapping[str, Any]) -> Any:
         found = translation(node.target)
@@ -213,6 +217,8 @@ class _Lowering:
     def _model(self, inputs: list[Value], outputs: list[Value]) -> ir.Model:
         nodes = alive(self.emitter.nodes, outputs)
         nodes = fold_views(nodes, self.emitter.initializers)
+        if is_cached(self.program.signature) and not self.emitter.standard:
+            nodes = fuse_skips(self.emitter, nodes, outputs)
         read = {value for node in nodes for value in node.inputs}
         graph = ir.Graph(
             inputs, outputs, nodes=nodes, name=self.program.signature.task,

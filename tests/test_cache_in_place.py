@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 
 from ftc.graph.cached import pad_left, states
 from ftc.graph.program import Program
+from ftc.graph.sources import capture
 from ftc.passes.cache import Cache
+from ftc.passes.pipeline import Pipeline
 from ftc.runtime.engine import OnnxEngine, TorchEngine
 from ftc.runtime.evaluate import negative_log_likelihood
 from ftc.runtime.lower import lower, save_onnx
 from ftc.runtime.past import HandedOn, InPlace, past_of
 from ftc.runtime.session import OnnxSession
-from ftc.tests.families import captured
+from ftc.tests.families import Family, captured, family
 
 FAMILIES = ["llama", "qwen3", "gpt2", "falcon-grouped", "falcon-alibi", "phi"]
 
@@ -85,6 +87,55 @@ def small(past: InPlace) -> InPlace:
 
     past._make_room = make_room  # type: ignore[method-assign]
     return past
+
+
+@functools.cache
+def wide(model: str) -> Program:
+    """One with heads that the operator turns: 16 wide."""
+    small = {**family("llama").options, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        Family(model, model, "causal-lm", small).save(Path(folder))
+        return capture(folder)
+
+
+def without_bias(program: Program, number: int) -> Program:
+    """The product of that number, of those with a bias, has none."""
+    program = program.clone()
+    products = [n for n in program.graph.nodes if str(n.target) == "aten.linear.default"]
+    biased = [n for n in products if len(n.args) == 3]
+    biased[number].args = biased[number].args[:2]
+    return program
+
+
+PASSES = ["cache", "int8{min_size=0},cache", "int4{min_size=0,group_size=16},cache"]
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_products_of_one_input_are_one_where_attention_takes_it(passes):
+    """Also where one of them has no bias; tokens in pieces, beside a shorter row."""
+    program = Pipeline.parse(passes).run(without_bias(wide("Qwen2ForCausalLM"), 1)).program
+    model = lower(program)
+    attentions = [n for n in model.graph if n.op_type == "GroupQueryAttention"]
+    assert len(attentions) == 2 and not any(n.inputs[1] or n.inputs[2] for n in attentions)
+    rows, session = rows_of(9, 5), OnnxSession(model)
+    with torch.no_grad():
+        wanted = in_pieces(past_of(TorchEngine(program)), rows, [6, 1, 2])
+    got = in_pieces(small(InPlace(program, session)), rows, [6, 1, 2])
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_products_with_different_groups_stay_apart():
+    """Keys in float, queries and values at 4 bits: each is its own operator."""
+    names = "*.q_proj.weight | *.v_proj.weight"
+    passes = f'int4{{select="{names}",min_size=0,group_size=16}},cache'
+    model = lower(Pipeline.parse(passes).run(wide("LlamaForCausalLM")).program)
+    attentions = [n for n in model.graph if n.op_type == "GroupQueryAttention"]
+    assert attentions and all(n.inputs[1] and n.inputs[2] for n in attentions)
+
+
+def test_one_product_that_is_split_is_not_split():
+    program, _ = cached("gpt2")
+    assert "Split" not in [n.op_type for n in lower(program).graph]
 
 
 def test_nothing_is_copied_between_tokens():

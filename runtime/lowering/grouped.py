@@ -14,7 +14,8 @@ batch of several new tokens behind a past is refused, that of the new tokens.
 
 It turns queries and keys itself where all rows have the same positions. Its tables are
 looked up at ``past`` and the positions after it, so those of the new tokens are put behind
-``past`` rows of nothing.
+``past`` rows of nothing. Queries, keys and values that one product can compute come to it in
+one piece (:mod:`ftc.runtime.lowering.joined`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ftc.graph.cached import Names, present_of, states
 from ftc.graph.signature import Signature
 
 from .emitter import Emitter
+from .joined import joined
 
 _DOMAIN, _OPERATOR = "com.microsoft", "GroupQueryAttention"
 _LOWEST = -1e38
@@ -69,8 +71,10 @@ def grouped(
     turned = _turned(e, query, key, before) if width % _TURNED == 0 else None
     if turned is not None:
         query, key, waves = turned
+    packed = joined(e, (query, key, value))
+    given = (query, key, value) if packed is None else (packed, None, None)
     made: tuple[Value, Value, Value] = e.op(
-        _OPERATOR, query, key, value, *past, ends, count, *waves, None, _bias(e, mask),
+        _OPERATOR, *given, *past, ends, count, *waves, None, _bias(e, mask),
         None, None, None, None, None, news, outputs=3, domain=_DOMAIN, scale=how["scale"],
         num_heads=how["q_num_heads"], kv_num_heads=how["kv_num_heads"],
         do_rotary=1 if turned is not None else None,
