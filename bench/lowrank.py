@@ -31,6 +31,7 @@ from models import minilm, smollm2
 from tell import figure_of, label_accuracy, say
 from torch import Tensor
 
+from ftc.graph.errors import FtcError
 from ftc.graph.fisher import Moments, moments
 from ftc.graph.products import products
 from ftc.graph.program import Program
@@ -65,6 +66,7 @@ class Row:
         found: share that was removed.
         accuracy: figures by name.
         seconds: wall time of the passes; statistics count at the first share only.
+        failed: why there is nothing.
     """
 
     route: str
@@ -72,6 +74,7 @@ class Row:
     found: float = 0.0
     accuracy: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    failed: str = ""
 
 
 class Model:
@@ -213,9 +216,13 @@ class Route:
         made: dict[str, tuple[Program, float]] = {}
         for after in wanted:
             say(f"{self.model.name}: {self.name}{after}, {self.removed:.0%} removed")
-            done, seconds = self._made(after, spec, options, made)
-            found, accuracy = self.model.removed(done), self.model.judged(done)
-            self.table.add(Row(self.name + after, self.removed, found, accuracy, seconds))
+            row = Row(self.name + after, self.removed)
+            try:
+                done, row.seconds = self._made(after, spec, options, made)
+                row.found, row.accuracy = self.model.removed(done), self.model.judged(done)
+            except FtcError as error:
+                row.failed = str(error).splitlines()[0]
+            self.table.add(row)
 
     def _made(
         self, after: str, spec: str, options: argparse.Namespace, made: dict[str, Any]
@@ -245,10 +252,13 @@ class Route:
 
 def show(name: str, rows: Sequence[Row]) -> None:
     """Prints a table."""
-    names = list(rows[0].accuracy)
+    names = list(dict.fromkeys(name for row in rows for name in row.accuracy))
     print(f"\n{name:20}{'removed':>9}{'found':>8}" + "".join(f"{n:>14}" for n in names)
           + f"{'seconds':>9}")  # fmt: skip
     for row in rows:
+        if row.failed:
+            print(f"{row.route:20}{row.removed:9.0%}  {row.failed}")
+            continue
         cells = "".join(f"{row.accuracy[n]:14.4g}" for n in names)
         print(f"{row.route:20}{row.removed:9.0%}{row.found:8.1%}{cells}{row.seconds:9.0f}")
 
@@ -257,6 +267,7 @@ def picture(found: dict[str, list[Row]], path: Path) -> None:
     """Accuracy against the share removed, a line a route."""
     figure, panels = figure_of(list(found), 6)
     for axes, rows in zip(panels, found.values(), strict=bool(panels)):
+        rows = [row for row in rows if not row.failed]
         measure_name = next(iter(rows[0].accuracy))
         for route in dict.fromkeys(row.route for row in rows):
             own = sorted((row.removed, row.accuracy[measure_name])
