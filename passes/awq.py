@@ -30,6 +30,7 @@ from ftc.graph.observe import observe
 from ftc.graph.program import Program
 from ftc.graph.quantize import Scheme, choose_qparams, dequantize, quantize
 from ftc.graph.rewriter import Rewriter
+from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
 from .channels import Group, find_groups, scale_channels, shared
@@ -79,9 +80,11 @@ class Awq(Pass):
                 scale_channels(rw, group, scale)
                 scaled += 1
         if groups:
-            rw.note(f"scaled the channels of {scaled} inputs of {len(groups)} that can be")
+            rw.note(
+                f"scaled the channels of {scaled} of {plural(len(groups), 'input')} that can be"
+            )
         if left := len(groups) - len(free):
-            rw.note(f"left {left} inputs, whose weights are on a 4-bit grid already")
+            rw.note(f"left {plural(left, 'input')}: of weights on a 4-bit grid already")
 
     def _fits(self, program: Program, group: Group) -> bool:
         return program.tensor(group.weights[0]).shape[1] % self.group_size == 0

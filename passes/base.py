@@ -107,6 +107,10 @@ class Pass(ABC):
         """Instances that are worth trying on ``program``, for a search; none by default."""
         return ()
 
+    def milder(self, bound: float) -> str:
+        """How it drifts by ``bound``, in (0, 1), or less: ends the fix of a BudgetError."""
+        return "choose milder options"
+
     @property
     def spec(self) -> str:
         """The text form, ``lowrank{ratio=0.6}``."""
@@ -241,9 +245,9 @@ class Pass(ABC):
         if ctx.max_drift is None or drift.relative <= ctx.max_drift:
             return
         step = worst_jump(before, after, ctx.probes_for(before)[0])
+        milder = self.milder(ctx.max_drift) if 0 < ctx.max_drift < 1 else "choose milder options"
         raise BudgetError(
             f"{self.spec} drifts by {drift.relative:.3g}, beyond the budget of {ctx.max_drift:g}",
             where=f"most of it at {step}" if step else None,
-            fix="raise the budget, choose milder options, or leave out the weights that "
-            "`ftc inspect MODEL --sensitivity` names",
+            fix=f"raise the budget, or {milder}",
         )

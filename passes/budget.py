@@ -15,7 +15,8 @@ not fit yet, moving goes on with the factor that was seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ftc.graph.drift import Difference, compare, summarize
 from ftc.graph.errors import BudgetError
@@ -88,6 +89,14 @@ class Search:
         return self.alone[name, level]
 
 
+def milder_rounding(given: Any, bound: float) -> str:
+    """The end of a fix: what a pass that rounds weights can do to drift by ``bound`` or less."""
+    return (
+        f"let {replace(given, max_drift=bound).spec} keep the most sensitive weights finer, or "
+        "leave out those that `ftc inspect MODEL --sensitivity` names"
+    )
+
+
 def drift_of(
     before: Program, ctx: Context, spec: str, rewrite: Callable[[Rewriter], None]
 ) -> float:
@@ -100,9 +109,3 @@ def drift_of(
         new = run_probe(trial.program, probe)
         differences += compare(old, new, probe, before.signature).values()
     return summarize(differences, ctx.probe_source).relative
-
-
-def listed(names: list[str]) -> str:
-    """The first three of ``names``, and how many more."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -41,6 +41,7 @@ from ftc.graph.signature import InputSpec, OutputSpec
 from ftc.graph.states import States
 from ftc.graph.structure.flow import Flow
 from ftc.graph.widen import Widened, head, widen_inputs
+from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
 from .virtual_tokens import Attentions, Place
@@ -111,7 +112,7 @@ class Cache(Pass):
             shown = next(n for n, spec in inputs(rw.program) if spec.role == "mask")
             _count_from_first(rw, sequence, wide[shown].whole, by)
         _set_outputs(rw, sequence, present, last=self.logits == "last")
-        rw.note(f"keys and values of {count} attentions come in and go out")
+        rw.note(f"keys and values of {plural(count, 'attention')} come in and go out")
 
     def ensures(self, before: Program, after: Program) -> None:
         """Two rows in pieces are each of them alone and whole, to 1e-4."""

@@ -25,6 +25,7 @@ from torch import fx
 
 from ftc.graph import shapes
 from ftc.graph.rewriter import Rewriter
+from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
 from .contraction import VIEWS, Contraction, recognise
@@ -206,9 +207,12 @@ def _say(
     rw: Rewriter, rewritten: int, relaid: int, biases: int, left: list[tuple[str, str]]
 ) -> None:
     if rewritten:
-        rw.note(f"rewrote {rewritten} products as linear, {relaid} weights stored anew")
+        rw.note(
+            f"rewrote {plural(rewritten, 'product')} as linear, "
+            f"{plural(relaid, 'weight')} stored anew"
+        )
     if biases:
-        rw.note(f"took {biases} biases into their products")
+        rw.note(f"took {plural(biases, 'bias', 'biases')} into products")
     for reason, count in Counter(reason for reason, _ in left).items():
         example = next(name for other, name in left if other == reason)
         more = f" and {count - 1} more" if count > 1 else ""

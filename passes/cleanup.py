@@ -22,6 +22,7 @@ from torch._ops import OpOverload
 
 from ftc.graph import shapes
 from ftc.graph.rewriter import Rewriter
+from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
 
@@ -50,13 +51,13 @@ class Cleanup(Pass):
                 rw.replace(node, first)
                 repeats += 1
         dead += drop_dead(rw)
-        for count, what in (
-            (identities, "operators that did nothing"),
-            (repeats, "repeated computations"),
-            (dead, "dead nodes"),
+        for count, what, many in (
+            (identities, "operator that did nothing", "operators that did nothing"),
+            (repeats, "repeated computation", None),
+            (dead, "dead node", None),
         ):
             if count:
-                rw.note(f"removed {count} {what}")
+                rw.note(f"removed {plural(count, what, many)}")
 
 
 def drop_dead(rw: Rewriter) -> int:

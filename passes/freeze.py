@@ -11,6 +11,7 @@ from typing import ClassVar
 from ftc.graph.errors import PreconditionError
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
+from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
 
@@ -40,8 +41,8 @@ class Freeze(Pass):
         total = sum(p.numel() for p in parameters.values())
         share = trained / total if total else 0.0
         rw.note(
-            f"{trained:,} of {total:,} parameters train ({share:.1%}), "
-            f"in {len(chosen)} of {len(parameters)} tensors"
+            f"{trained:,} of {plural(total, 'parameter')} train ({share:.1%}), "
+            f"in {len(chosen)} of {plural(len(parameters), 'tensor')}"
         )
 
     def _chosen(self, rw: Rewriter, names: set[str]) -> frozenset[str]:
@@ -63,5 +64,5 @@ class Freeze(Pass):
                 fix=f'train adapters beside them: lora{{target="{self.train}"}}',
             )
         if codes:
-            rw.note(f"{len(codes)} selected weights are quantized: they do not train")
+            rw.note(f"{plural(len(codes), 'selected weight')} quantized: codes do not train")
         return chosen

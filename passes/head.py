@@ -29,6 +29,7 @@ from ftc.graph.structure.flow import Flow
 
 from .base import Context, Effect, Pass
 from .cleanup import drop_dead
+from .options import check_share
 
 aten = torch.ops.aten
 _NAME = "classifier"
@@ -63,10 +64,7 @@ class Head(Pass):
                 f"{self.spec}: one class of tokens tells nothing apart",
                 fix=f"head{{labels=2,task={self.task}}}",
             )
-        if not 0 <= self.dropout < 1:
-            raise UsageError(
-                f"head{{dropout={self.dropout}}}: dropout lies in [0, 1)", fix="head{dropout=0.1}"
-            )
+        check_share(self, "dropout", 0.1, "[0, 1)")
         if self.task == "token-classification" and self.pool != "auto":
             raise UsageError(
                 f"head{{task={self.task},pool={self.pool}}}: tokens are not pooled",

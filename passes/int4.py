@@ -29,12 +29,14 @@ from ftc.graph.quantize import Scheme, pack
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
 from ftc.graph.shapes import value
+from ftc.graph.words import listed, plural
 
 from .base import Context, Effect, Pass
 from .biases import with_values
-from .budget import Levels, Search, drift_of, listed
+from .budget import Levels, Search, drift_of, milder_rounding
 from .context import random_rows
 from .int8 import Int8
+from .options import check_share
 from .quantizing import PRODUCTS_AND_TABLES, check_group_size, quantized_reader, unsupported
 from .residual import largest_rank
 from .rounding import Rounded, Rounding, kept, to_nearest
@@ -98,21 +100,17 @@ class Int4(Pass):
                 f"int4{{residual_rank={self.residual_rank}}}: a rank, 0 or more",
                 fix="int4{residual_rank=16}",
             )
-        if self.max_drift is not None and self.max_drift <= 0:
-            raise UsageError(
-                f"int4{{max_drift={self.max_drift}}}: a relative error above 0",
-                fix="int4{max_drift=0.1,fallback=int8}",
-            )
-        if self.max_error is not None and self.max_error <= 0:
-            raise UsageError(
-                f"int4{{max_error={self.max_error}}}: a relative error above 0",
-                fix=replace(self, max_error=0.1).spec,
-            )
+        check_share(self, "max_drift", 0.1)
+        check_share(self, "max_error", 0.1)
         if self.max_error is not None and self.method != "gptq":
             raise UsageError(
                 f"int4{{max_error={self.max_error},method={self.method}}}: only gptq measures it",
                 fix=replace(self, method="gptq").spec,
             )
+
+    def milder(self, bound: float) -> str:
+        """Mixed precision, or fewer weights."""
+        return milder_rounding(self, bound)
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Rounds every selected weight whose readers all have a quantized form."""
@@ -150,7 +148,7 @@ class Int4(Pass):
         self._say(rw, done, left)
         if self.residual_rank:
             self._check_rank(done, added)
-            rw.note(f"{len(added)} products have a residual of rank {self.residual_rank}; "
+            rw.note(f"a residual of rank {self.residual_rank} at {plural(len(added), 'product')}; "
                     "the others keep their weight, share it, or are too small")  # fmt: skip
         if left and self.fallback == "int8":
             Int8(select=" | ".join(left), min_size=self.min_size).rewrite(rw, ctx)
@@ -241,18 +239,19 @@ class Int4(Pass):
             count = sum(len(e.coded.codes) * (e.coded.codes.shape[1] - e.extra) for e in same)
             extra = sum(each.extra > 0 for each in same)
             rw.note(
-                f"kept the codes of {len(same)} weights ({count:,} elements) that were on a 4-bit "
-                f"grid already" + (f", {extra} with columns for their zero points" if extra else "")
+                f"kept the codes of {plural(len(same), 'weight')} ({count:,} elements), on a "
+                "4-bit grid already"
+                + (f", {extra} with columns for their zero points" if extra else "")
             )
         errors = {n: e.error for n, e in rounded.items() if e.error}
         if errors:
             worst = max(errors, key=errors.__getitem__)
             rw.note(
-                f"rounded {len(rounded) - len(same)} weights; the largest relative error of an "
-                f"output on the calibration data is {errors[worst]:.2%}, of {worst}"
+                f"rounded {plural(len(rounded) - len(same), 'weight')}; the largest relative error "
+                f"of an output on the calibration data is {errors[worst]:.2%}, of {worst}"
             )
         elif len(rounded) > len(same):
-            rw.note(f"rounded {len(rounded) - len(same)} weights to the nearest code")
+            rw.note(f"rounded {plural(len(rounded) - len(same), 'weight')} to the nearest code")
         if unfit:
             what = "quantized to 8 bits" if self.fallback == "int8" else "left in float"
             rw.note(f"{what}, since 4 bits do not suit them: {listed(unfit)}")

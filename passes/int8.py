@@ -37,10 +37,12 @@ from ftc.graph.quantize import Scheme, choose_qparams, dequantize, quantize, rel
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
 from ftc.graph.target import Kernel, Target
+from ftc.graph.words import listed, plural
 
 from .base import Context, Effect, Pass
-from .budget import Levels, Search, drift_of, listed
+from .budget import Levels, Search, drift_of, milder_rounding
 from .kernel_choice import KernelChoice
+from .options import check_share
 from .quantizing import ALL, check_group_size, quantized_reader, unsupported
 from .static_steps import Steps, static_steps, step_of
 
@@ -98,11 +100,7 @@ class Int8(Pass):
                 f"int8{{min_size={self.min_size}}}: a number of elements, 0 or more",
                 fix="int8{min_size=2048}",
             )
-        if self.max_drift is not None and self.max_drift <= 0:
-            raise UsageError(
-                f"int8{{max_drift={self.max_drift}}}: a relative error above 0",
-                fix="int8{max_drift=0.01}",
-            )
+        check_share(self, "max_drift", 0.01)
         if self.per_tensor and self.kernel == "blocked":
             raise UsageError(
                 "int8{per_tensor=true,kernel=blocked}: that kernel has a scale for each group",
@@ -137,6 +135,10 @@ class Int8(Pass):
         plain = self.activation == "none" or self.kernel == "float"
         return frozenset({"canonical"}) if plain else self.needs
 
+    def milder(self, bound: float) -> str:
+        """Mixed precision, or fewer weights."""
+        return milder_rounding(self, bound)
+
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Quantizes every selected weight whose readers all have a quantized form."""
         chosen, small = self._chosen(rw)
@@ -158,7 +160,10 @@ class Int8(Pass):
             rw.note(_levels_note(levels, self.max_drift))
         self._apply(rw, ctx, chosen, levels, steps)
         if small:
-            rw.note(f"left {len(small)} weights of fewer than {self.min_size} elements as they are")
+            rw.note(
+                f"left in float: {plural(len(small), 'weight')} of fewer than "
+                f"{plural(self.min_size, 'element')}"
+            )
 
     def _chosen(self, rw: Rewriter) -> tuple[list[str], list[str]]:
         """Names of the weights to quantize, and of those that are too small."""
@@ -260,7 +265,7 @@ class Int8(Pass):
         if errors:
             worst = max(errors, key=errors.__getitem__)
             rw.note(
-                f"quantized {len(errors)} weights; the largest relative error is "
+                f"quantized {plural(len(errors), 'weight')}; the largest relative error is "
                 f"{errors[worst]:.2%}, of {worst}"
             )
 
@@ -269,9 +274,10 @@ def _levels_note(levels: Levels, budget: float) -> str:
     groups, floats = (sorted(n for n, at in levels.items() if at == level) for level in (1, _FLOAT))
     if not groups and not floats:
         return f"a drift of {budget:g} is kept with every weight quantized as usual"
-    parts = [(groups, "have scales for groups of weights"), (floats, "stay in float")]
-    told = " and ".join(f"{len(names)} {what} ({listed(names)})" for names, what in parts if names)
-    return f"to keep a drift of {budget:g}, {told}"
+    parts = [(groups, "with scales for groups of weights"), (floats, "left in float")]
+    told = " and ".join(f"{plural(len(names), 'weight')} {what} ({listed(names)})"
+                        for names, what in parts if names)  # fmt: skip
+    return f"to keep a drift of {budget:g}: {told}"
 
 
 def _range_note(target: Target, narrow: bool) -> str:

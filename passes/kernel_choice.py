@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from ftc.graph.program import Program
 from ftc.graph.symbols import SizesAt
 from ftc.graph.target import Choice, Kernel
+from ftc.graph.words import plural
 
 from .context import Context
 
@@ -87,7 +88,7 @@ class KernelChoice:
                 speeds.append(choice.speed)
         counts = Counter((choice.kernel, choice.reason) for choice in self._made.values())
         for (kernel, reason), number in counts.most_common():
-            text = f"{number} product{'s' if number > 1 else ''} got kernel {kernel}: {reason}"
+            text = f"{plural(number, 'product')} got kernel {kernel}: {reason}"
             yield text + self._told(kernel, groups[kernel, reason])
 
     def _told(self, kernel: str, speeds: Sequence[float]) -> str:

@@ -17,7 +17,6 @@ one input share its dropout. :mod:`ftc.graph.adapters` finds adapters again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -34,9 +33,11 @@ from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
 from ftc.graph.shapes import value
 from ftc.graph.structure import Structure, find_structure
+from ftc.graph.words import listed, plural
 
 from .base import Context, Effect, Pass
 from .lora_sites import LoraSite, counts, lora_sites
+from .options import check_share
 from .pissa import move_into_adapter
 
 aten = torch.ops.aten
@@ -74,10 +75,7 @@ class Lora(Pass):
             raise UsageError(f"lora{{rank={self.rank}}}: rank is 1 or more", fix="lora{rank=8}")
         if not 0 < self.alpha < math.inf:
             raise UsageError(f"lora{{alpha={self.alpha}}}: alpha is above 0", fix="lora{alpha=16}")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(
-                f"lora{{dropout={self.dropout}}}: dropout lies in [0, 1)", fix="lora{dropout=0.1}"
-            )
+        check_share(self, "dropout", 0.1, "[0, 1)")
         if self.init == "pissa":  # what it leaves of codes would have to be rounded again
             object.__setattr__(self, "forbids", frozenset({"quantized"}))
 
@@ -115,13 +113,13 @@ class Lora(Pass):
             raise UsageError(
                 f"lora{{target={self.target}}}: none of the {len(chosen)} weights that it means is "
                 "of a product that can have an adapter",
-                where=_listed(chosen),
+                where=listed(sorted(chosen)),
                 fix=f"choose from: {counts(structure, sites)}",
             )
         if left := frozenset[str]().union(*(own for own in unfit if own & chosen)):
-            rw.note(f"left products that are grouped, or batched (experts): {_listed(left)}")
+            rw.note(f"left products that are grouped, or batched (experts): {listed(sorted(left))}")
         if whole := {site.weight for site in targeted if site.names & also}:
-            rw.note(f"trained whole, and not adapted: {_listed(whole)}")
+            rw.note(f"trained whole, and not adapted: {listed(sorted(whole))}")
         return [site for site in targeted if site.weight not in whole]
 
     def _known(self, program: Program) -> dict[str, tuple[int, float, float]]:
@@ -152,8 +150,8 @@ class Lora(Pass):
             rw.set_trainable(name, chosen or adapter_kind(name) is not None)
             trained += [name] * chosen
         if also:
-            rw.note(f"trained too: {_listed(trained)}" if trained else
-                    f"quantized, and so not trained: {_listed(also)}")  # fmt: skip
+            rw.note(f"trained too: {listed(sorted(trained))}" if trained else
+                    f"quantized, and so not trained: {listed(sorted(also))}")  # fmt: skip
 
 
 class _Adding:
@@ -209,12 +207,7 @@ class _Adding:
         rank, program = self._given.rank, self._rw.program
         size = sum(program.tensor(w + s).numel() for w in self._made for s in (LORA_A, LORA_B))
         total = cost(program).parameters
-        self._rw.note(f"{self._count} products have adapters of rank {rank}: {size:,} parameters, "
-                      f"{size / total:.1%} of all")  # fmt: skip
+        self._rw.note(f"adapters of rank {rank} at {plural(self._count, 'product')}: "
+                      f"{plural(size, 'parameter')}, {size / total:.1%} of all")  # fmt: skip
         if full := [w for w, site in self._made.items() if rank > site.largest_rank]:
-            self._rw.note(f"rank {rank} is more than full for {_listed(full)}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+            self._rw.note(f"rank {rank} is more than full for {listed(sorted(full))}")

@@ -21,29 +21,30 @@ most of what is cut comes from few products.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ftc.graph.errors import PreconditionError, UsageError
-from ftc.graph.matrices import Matrix, is_gather, matrices
+from ftc.graph.matrices import Matrix, matrices
 from ftc.graph.program import Program
 from ftc.graph.provenance import describe
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
-from ftc.graph.symbols import SizesAt
+from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
 from .factors import factor
 from .lowrank_budget import LeastBudget
 from .lowrank_correct import corrected_biases
 from .lowrank_metric import Measure, Method
-from .pace import Pace
-from .ranks import Curve, share_out
+from .lowrank_sizes import Chosen, Counted, no_smaller_note, sizes_of, slower_note
+from .options import check_share
+from .ranks import Curve, Size, check_budget, share_out
 
 _DEFAULT_ENERGY = 0.9999
-Chosen = tuple[Matrix, Tensor]
 _CUTS = ("ratio", "rank", "energy", "budget", "max_drift")
 
 
@@ -84,8 +85,8 @@ class LowRank(Pass):
     energy: float | None = None
     budget: float | None = None
     max_drift: float | None = None
-    of: Literal["params", "bytes", "operations"] = "params"
-    method: Literal["auto", "plain", "diagonal", "whitened", "fisher"] = "auto"
+    of: Counted = "params"
+    method: Literal["auto"] | Method = "auto"
     damping: float = 0.1
     correct_bias: bool = False
     select: str = "product - embedding"
@@ -97,23 +98,19 @@ class LowRank(Pass):
                 f"lowrank takes one of {', '.join(_CUTS)}, not {' and '.join(given)}",
                 fix=f"keep {given[0]} and drop the rest",
             )
-        for option in ("ratio", "energy", "budget"):
-            number = getattr(self, option)
-            if number is not None and not 0 < number <= 1:
-                raise UsageError(
-                    f"lowrank{{{option}={number}}}: {option} lies in (0, 1]",
-                    fix=f"lowrank{{{option}=0.9}}",
-                )
-        for option, number, fix in (
-            ("rank", self.rank, 64),
-            ("max_drift", self.max_drift, 0.1),
-            ("damping", self.damping, 0.1),
-        ):
+        for option, usual in (("ratio", 0.8), ("energy", 0.9), ("budget", 0.8), ("max_drift", 0.1)):
+            check_share(self, option, usual)
+        for option, number, fix in (("rank", self.rank, 64), ("damping", self.damping, 0.1)):
             if number is not None and not number > 0:
                 raise UsageError(
                     f"lowrank{{{option}={number}}}: {option} is above 0",
                     fix=f"lowrank{{{option}={fix}}}",
                 )
+        if self.of != "params" and not self._shared:
+            raise UsageError(
+                f"lowrank{{of={self.of}}} is what a budget counts, and there is none",
+                fix=f"lowrank{{budget={self.ratio or 0.8:g},of={self.of}}}, or leave of out",
+            )
         if self.correct_bias and self.max_drift is not None:
             raise UsageError(
                 "lowrank{max_drift=…,correct_bias=true}: the search for a budget does not correct",
@@ -127,17 +124,29 @@ class LowRank(Pass):
 
     @property
     def _shared(self) -> bool:
-        """Whether ranks are shared out over products."""
+        """Whether ranks are shared out over weights."""
         return self.budget is not None or self.max_drift is not None
 
-    def _method(self, ctx: Context) -> Method:
+    @property
+    def _asked(self) -> str:
+        """The cut, as an option's text."""
+        given = ((option, getattr(self, option)) for option in _CUTS)
+        return next((f"{option}={value:g}" for option, value in given if value is not None),
+                    f"energy={_DEFAULT_ENERGY}")  # fmt: skip
+
+    @property
+    def _method(self) -> Method:
         if self.method != "auto":
             return self.method
-        by_data = ctx.calibration and (self.ratio is not None or self.rank is not None)
-        return "fisher" if self._shared or by_data else "plain"
+        return "fisher" if self._shared or self.ratio or self.rank else "plain"
+
+    def milder(self, bound: float) -> str:
+        """Let the drift be what is asked for."""
+        searching = LowRank(max_drift=bound, damping=self.damping, select=self.select)
+        return f"let {searching.spec} find the smallest that keeps it"
 
     def requires(self, program: Program) -> None:
-        """A rank beyond a selected product's full rank is refused."""
+        """A rank beyond a selected weight's full rank is refused."""
         if self.rank is None:
             return
         for matrix, weight in self._chosen(program)[0]:
@@ -149,30 +158,37 @@ class LowRank(Pass):
                 )
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
-        """Factors every selected product where that makes it smaller."""
+        """Factors every selected weight where that makes it smaller."""
+        if self.correct_bias and not ctx.calibration:
+            raise PreconditionError(f"{self.spec}: biases are corrected on calibration data, "
+                                    "and there is none", fix="give some with --calib")  # fmt: skip
         able, others = self._chosen(rw.program)
         if others:
-            rw.note(f"left {others} weights as they are: not all that reads them "
+            rw.note(f"left {plural(others, 'weight')} alone: not all that reads them "
                     "multiplies by the same matrix")  # fmt: skip
         if not able:
             rw.note("nothing that was selected can be factored: no product, embedding or "
                     "convolution of one group")  # fmt: skip
             return
-        limits = self._limits(rw, ctx, able)
-        measure = Measure(self._method(ctx), self.damping, rw, ctx, able,
+        sizes = sizes_of(rw.program, ctx, able, self.of)
+        if self.budget is not None:
+            check_budget(sizes.values(), self.budget)
+        if note := slower_note(sizes.values(), ctx.target.name):
+            rw.note(note)
+        measure = Measure(self._method, self.damping, rw, ctx, able,
                           keep=self.max_drift is not None)  # fmt: skip
-        if self._shared:
-            ranks = self._share(rw, ctx, able, measure, limits)
-        else:
-            ranks = {m.weight: r for m, w in able
-                     if (r := self._own_rank(measure, m, w, limits))}  # fmt: skip
+        chosen = self._share if self._shared else self._each
+        ranks = chosen(rw, ctx, able, measure, sizes)
         for matrix, _ in able:
             if matrix.weight not in ranks:
                 measure.forget(matrix)
         made = ((m, measure(m, w).factors(ranks[m.weight])) for m, w in able if m.weight in ranks)
         saved = self._factor_corrected(rw, ctx, dict(made)) if self.correct_bias else sum(
             factor(rw, matrix, *pair) for matrix, pair in made)  # fmt: skip
-        self._say(rw, saved, len(ranks), len(able) - len(ranks))
+        if ranks:
+            what = "the weights alone" if self._method == "plain" else "the data"
+            rw.note(f"factored {plural(len(ranks), 'weight')}, {plural(saved, 'parameter')} fewer: "
+                    f"as is best for the {self._method} metric, of {what}")  # fmt: skip
 
     def _chosen(self, program: Program) -> tuple[list[Chosen], int]:
         """What can be factored, and how many selected weights cannot."""
@@ -185,83 +201,62 @@ class LowRank(Pass):
         self, rw: Rewriter, ctx: Context, made: dict[Matrix, tuple[Tensor, Tensor]]
     ) -> int:
         """Factors with corrected biases; how many parameters that saves."""
-        if not ctx.calibration:
-            raise PreconditionError(f"{self.spec}: biases are corrected on calibration data, "
-                                    "and there is none", fix="give some with --calib")  # fmt: skip
+        assert ctx.calibration
         biases = corrected_biases(rw.program, ctx.calibration, made, ctx.seed)
-        rw.note(f"the biases of {len(biases)} products put their mean outputs back")
+        rw.note(f"{plural(len(biases), 'bias', 'biases')} put a mean output back")
         return sum(factor(rw, m, a, b, biases.get(m.weight)) for m, (a, b) in made.items())
 
-    def _limits(self, rw: Rewriter, ctx: Context, able: list[Chosen]) -> dict[str, int]:
-        """The largest rank that pays in time, of products where that is known and asked for."""
-        pace = Pace(rw.program, ctx)
-        if self.of == "bytes" or not pace.known:
-            return {}
-        limits = {m.weight: pace.limit(m, w) or 0 for m, w in able if m.is_product}
-        if slower := sum(not limit for limit in limits.values()):
-            rw.note(f"left {slower} products as they are: factors of any rank are slower on "
-                    f"{ctx.target.name} at the shapes that were named")  # fmt: skip
-        return limits
+    def _each(
+        self, rw: Rewriter, ctx: Context, able: list[Chosen], measure: Measure,
+        sizes: Mapping[str, Size],
+    ) -> dict[str, int]:  # fmt: skip
+        """The rank of each weight by itself, where it makes the weight smaller."""
+        wanted = {m.weight: self._own_rank(measure, m, w) for m, w in able}
+        ranks = {name: rank for name, rank in wanted.items() if rank <= sizes[name].largest}
+        left = [size for name, size in sizes.items() if name not in ranks and size.most != 0]
+        if left:
+            rw.note(no_smaller_note(left, self._asked))
+        if not ranks and self._asked == f"energy={_DEFAULT_ENERGY}":
+            rw.note("ask for a cut, which costs accuracy: budget=0.8 keeps 80 % of these weights")
+        return ranks
 
-    def _own_rank(
-        self, measure: Measure, matrix: Matrix, weight: Tensor, limits: dict[str, int]
-    ) -> int | None:
-        """The rank of one weight by itself; None where its factors would not pay."""
+    def _own_rank(self, measure: Measure, matrix: Matrix, weight: Tensor) -> int:
+        """The rank that one weight is asked to have."""
         out, width = weight.shape
-        most = (out * width - 1) // (out + width)
-        most = min(most, limits.get(matrix.weight, most))
         if self.rank is not None:
-            rank = self.rank
-        elif self.ratio is not None:
-            rank = max(1, int(self.ratio * out * width / (out + width)))
-        else:
-            tails = measure.values(matrix, weight).tails
-            left = (1 - (self.energy or _DEFAULT_ENERGY)) * tails[0]
-            rank = max(1, int((tails > left).sum()))
-        return rank if rank <= most else None
+            return self.rank
+        if self.ratio is not None:
+            return max(1, int(self.ratio * out * width / (out + width)))
+        tails = measure.values(matrix, weight).tails
+        left = (1 - (self.energy or _DEFAULT_ENERGY)) * tails[0]
+        return max(1, int((tails > left).sum()))
 
     def _share(
         self, rw: Rewriter, ctx: Context, able: list[Chosen], measure: Measure,
-        limits: dict[str, int],
+        sizes: Mapping[str, Size],
     ) -> dict[str, int]:  # fmt: skip
         """Ranks under the budget, or under the least budget that drifts little enough."""
-        units = self._units(rw.program, able)
 
         def tails(matrix: Matrix, weight: Tensor) -> Tensor:
             known = measure if self.max_drift is not None else measure.values
             return known(matrix, weight).tails
 
-        reached = [(m, w) for m, w in able if measure.reaches(m)]
-        curves = {m.weight: Curve((w.shape[0], w.shape[1]), tails(m, w), units[m.weight],
-                                  limits.get(m.weight)) for m, w in reached}  # fmt: skip
-        if len(curves) < len(able):
-            rw.note(f"{len(able) - len(curves)} products do not change the outputs by gradient: "
-                    "left as they are, not counted")  # fmt: skip
+        curves = {m.weight: Curve(sizes[m.weight], tails(m, w))
+                  for m, w in able if measure.reaches(m)}  # fmt: skip
+        if idle := len(able) - len(curves):
+            rw.note(f"left {plural(idle, 'weight')} alone, not counted: no gradient of the outputs "
+                    "reaches there")  # fmt: skip
+        if not curves:
+            return {}
         if self.budget is not None:
-            return share_out(curves, self.budget)
-        search = LeastBudget(rw.program, ctx, measure)
-        ranks, share = search.smallest(curves, self.max_drift or 0.0)
-        rw.note(f"kept {share:.3f} of {self.of}: the least within a drift of {self.max_drift:g}")
+            ranks = share_out(curves, self.budget)
+        else:
+            assert self.max_drift is not None
+            search = LeastBudget(rw.program, ctx, measure)
+            ranks, share = search.smallest(curves, self.max_drift)
+            rw.note(f"kept {share:.3f} of {self.of}: the least within a drift of "
+                    f"{self.max_drift:g}")  # fmt: skip
+        if left := sum(name not in ranks and curve.size.most != 0
+                       for name, curve in curves.items()):  # fmt: skip
+            rw.note(f"left {plural(left, 'weight')} alone: to cut others costs less")
         return ranks
-
-    def _units(self, program: Program, able: list[Chosen]) -> dict[str, float]:
-        """What one weight costs; of operations: how many rows are multiplied by it."""
-        if self.of == "params":
-            return {m.weight: 1.0 for m, _ in able}
-        if self.of == "bytes":
-            return {m.weight: float(w.element_size()) for m, w in able}
-        at = SizesAt(program, program.signature.sizes())
-        return {m.weight: sum(at.numel(node) / len(w) for node in m.nodes if not is_gather(node))
-                for m, w in able}  # fmt: skip
-
-    def _say(self, rw: Rewriter, saved: int, made: int, kept: int) -> None:
-        if made:
-            rw.note(f"factored {made} weights, {saved:,} parameters fewer")
-        if kept:
-            why = "their factors would be larger, or lose more than others"
-            rw.note(f"left {kept} weights as they are: {why}")
-        if not made and all(getattr(self, option) is None for option in _CUTS):
-            rw.note(
-                "nothing pays at the default energy of 0.9999: "
-                "ask for a cut with budget=, ratio=, rank= or energy="
-            )

@@ -56,7 +56,6 @@ class Measure:
         self._moments = moments(rw.program, data, nodes, by_outputs=narrow,
                                 gradients=self._method == "fisher",
                                 random_share=share, seed=ctx.seed)  # fmt: skip
-        rw.note(f"factors are the best for the {self._method} metric of the data")
 
     def reaches(self, matrix: Matrix) -> bool:
         """Whether the outputs change when the weight does, as far as gradients tell."""

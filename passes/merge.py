@@ -20,14 +20,16 @@ from torch import Tensor, fx
 
 from ftc.graph.adapters import LoraAdapter, adapter_kind, adapter_parameters, lora_adapters
 from ftc.graph.drift import measure_drift
-from ftc.graph.errors import BudgetError, PreconditionError, UsageError
+from ftc.graph.errors import BudgetError, PreconditionError
 from ftc.graph.program import Program
 from ftc.graph.provenance import describe, provenance
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.structure.weights import logical_parameters
+from ftc.graph.words import listed, plural
 
 from .base import Context, Effect, Pass
 from .factors import set_factors
+from .options import check_share
 from .requantize import requantize
 
 aten = torch.ops.aten
@@ -51,11 +53,7 @@ class Merge(Pass):
     def __post_init__(self) -> None:
         if self.max_loss is None:
             return
-        if not 0 < self.max_loss < 1:
-            raise UsageError(
-                f"merge{{max_loss={self.max_loss}}}: a loss lies in (0, 1)",
-                fix="merge{max_loss=0.05}",
-            )
+        check_share(self, "max_loss", 0.05, "(0, 1)")
         object.__setattr__(self, "effect", Effect.APPROXIMATE)
 
     def requires(self, program: Program) -> None:
@@ -88,19 +86,19 @@ class Merge(Pass):
         for weight, adapters in by_weight.items():
             (rounded if _merge(rw, weight, adapters) else exact).append(weight)
         if exact:
-            rw.note(f"merged the adapters of {len(exact)} weights")
+            rw.note(f"merged the adapters of {plural(len(exact), 'weight')}")
         if rounded:
             self._weigh(rw, before, rounded, ctx)
         if left := [n for n in adapter_parameters(before) if adapter_kind(n) != "lora"]:
-            rw.note(f"left {', '.join(left[:3])}: only low-rank adapters can be in weights")
+            rw.note(f"left {listed(left)}: only low-rank adapters can be in weights")
 
     def _weigh(self, rw: Rewriter, before: Program, rounded: list[str], ctx: Context) -> None:
         """Measures the loss, and refuses what is not allowed."""
         rw.module.recompile()
         loss = measure_drift(before, rw.program, ctx.probes_for(before)).relative
         what = (
-            f"rounding {len(rounded)} quantized weights again changes the outputs by {loss:.2%} "
-            f"(relative, on {ctx.probe_source})"
+            f"rounding {plural(len(rounded), 'quantized weight')} again changes the outputs "
+            f"by {loss:.2%} (relative, on {ctx.probe_source})"
         )
         if loss <= max(self.max_loss or 0.0, _ROUNDING):
             rw.note(f"merged: {what}")
@@ -109,7 +107,7 @@ class Merge(Pass):
         allowed = "" if self.max_loss is None else f", and {self.max_loss:.2%} is allowed"
         raise error(
             f"merge: {what}{allowed}",
-            where=", ".join(rounded[:3]),
+            where=listed(rounded),
             fix="leave merge out: the adapters run, save and lower beside the codes; or accept "
             f"the loss with merge{{max_loss={_above(loss)}}}",
         )

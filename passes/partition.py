@@ -16,6 +16,7 @@ from ftc.graph.rewriter import Rewriter
 from ftc.graph.stage_plan import parse_bytes, plan_stages, stage_costs
 from ftc.graph.stages import KEY
 from ftc.graph.training_cost import find_device, training_costs, usual_sizes
+from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
 
@@ -67,6 +68,7 @@ class Partition(Pass):
         largest = max(each.seconds for each in costs)
         crossing = max((each.sent for each in costs[:-1]), default=0)
         rw.note(
-            f"{len(stages)} stages at {', '.join(f'{n} {s}' for n, s in sizes.items())}: the "
-            f"largest takes {largest / mean:.2f} of the mean, at most {crossing / 1e6:.2f} MB cross"
+            f"{plural(len(stages), 'stage')} at {', '.join(f'{n} {s}' for n, s in sizes.items())}: "
+            f"the largest takes {largest / mean:.2f} of the mean, "
+            f"at most {crossing / 1e6:.2f} MB cross"
         )

@@ -23,6 +23,7 @@ from ftc.graph.errors import PreconditionError, UsageError
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.shapes import value
 from ftc.graph.states import States
+from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
 from .virtual_tokens import Attentions, check_ids, check_tokens, text_ids, train_adapters
@@ -69,8 +70,8 @@ class Prefix(Pass):
         attentions.put_in_front(states, rw.add_parameter, (PREFIX_KEY, PREFIX_VALUE), visible=True)
         count = train_adapters(rw)
         rw.note(
-            f"{states[0][0].shape[1]} keys and values in front at {len(states)} attentions: "
-            f"{count:,} parameters train"
+            f"{states[0][0].shape[1]} keys and values in front "
+            f"at {plural(len(states), 'attention')}: {plural(count, 'trained parameter')}"
         )
 
     def _ids(self, rw: Rewriter, attentions: Attentions, text: str) -> Tensor:

@@ -29,6 +29,7 @@ from ftc.graph.program import Program
 from ftc.graph.provenance import describe, provenance
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.sequence import Sequence, find_sequence, inputs, token_inputs
+from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
 from .virtual_tokens import (
@@ -106,7 +107,7 @@ class Prompt(Pass):
         else:
             reader = rw.add_buffer(f"{_table(sequence)}.prompt_ids", ids)
             lengthen(rw, sequence, len(ids), reader)
-            rw.note(f"{len(ids)} tokens before every input")
+            rw.note(f"{plural(len(ids), 'token')} before every input")
 
     def ensures(self, before: Program, after: Program) -> None:
         """With a text: the outputs are those of the program before with the text in front."""
@@ -139,7 +140,10 @@ class Prompt(Pass):
         soft = rw.add_parameter(f"{_table(sequence)}{SOFT_PROMPT}", start.reshape(len(ids), -1))
         lengthen(rw, sequence, len(ids), sequence.neutral_id(), soft)
         count = train_adapters(rw)
-        rw.note(f"{len(ids)} learned tokens before every input: {count:,} parameters train")
+        rw.note(
+            f"{plural(len(ids), 'learned token')} before every input, "
+            f"{plural(count, 'trained parameter')}"
+        )
 
     def _folded(self, rw: Rewriter, ids: Tensor) -> None:
         attentions = Attentions(rw)
@@ -158,7 +162,9 @@ class Prompt(Pass):
         attentions.put_in_front(
             states, rw.add_buffer, (".prompt_key", ".prompt_value"), visible=False, ids=reader
         )
-        rw.note(f"keys and values of {len(ids)} tokens at {len(states)} attentions")
+        rw.note(
+            f"keys and values of {plural(len(ids), 'token')} at {plural(len(states), 'attention')}"
+        )
 
 
 def _sequence(rw: Rewriter) -> Sequence:

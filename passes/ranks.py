@@ -11,7 +11,7 @@ the budget may be left.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,18 +23,16 @@ _STEPS = 100
 
 
 @dataclass(frozen=True)
-class Curve:
-    """What a product may cost and lose.
+class Size:
+    """What a weight costs at each rank.
 
     Attributes:
         shape: ``(out, in)``.
-        tails: loss at each rank from 0 to full, float64 ``[min(out, in) + 1]``.
-        unit: cost of one weight.
+        unit: cost of one element.
         most: the largest rank that is allowed; None: any.
     """
 
     shape: tuple[int, int]
-    tails: Tensor
     unit: float = 1.0
     most: int | None = None
 
@@ -46,49 +44,87 @@ class Curve:
     @property
     def least(self) -> float:
         """Cost at rank 1, or as it is where that is less or not allowed."""
-        if self.most == 0:
-            return self.dense
-        return min(self.unit * sum(self.shape), self.dense)
+        return self.cost(1) if self.largest else self.dense
+
+    @property
+    def largest(self) -> int:
+        """The largest rank that is allowed and costs less than the weight as it is; 0: none."""
+        out, width = self.shape
+        thinner = (out * width - 1) // (out + width)
+        return thinner if self.most is None else min(self.most, thinner)
 
     def cost(self, rank: int | None) -> float:
         """Cost at a rank; None: as it is."""
         return self.dense if rank is None else self.unit * rank * sum(self.shape)
 
+
+@dataclass(frozen=True)
+class Curve:
+    """What a weight may cost and lose.
+
+    Attributes:
+        size: what it costs.
+        tails: loss at each rank from 0 to full, float64 ``[min(out, in) + 1]``.
+    """
+
+    size: Size
+    tails: Tensor
+
     def best(self, price: float) -> int | None:
-        """The rank of least loss and price; None where that is to leave the product as it is."""
-        tails = self.tails[1:] if self.most is None else self.tails[1 : self.most + 1]
+        """The rank of least loss and price; None where that is to leave the weight as it is."""
+        most = self.size.most
+        tails = self.tails[1:] if most is None else self.tails[1 : most + 1]
         if not len(tails):
             return None
         ranks = torch.arange(1, len(tails) + 1, dtype=torch.float64)
-        total = tails + price * self.unit * sum(self.shape) * ranks
+        total = tails + price * self.size.cost(1) * ranks
         lowest = int(total.argmin())
-        return None if price * self.dense <= float(total[lowest]) else lowest + 1
+        return None if price * self.size.dense <= float(total[lowest]) else lowest + 1
 
 
-def share_out(curves: Mapping[str, Curve], share: float) -> dict[str, int]:
-    """The rank of each product that is to be factored, so that ``share`` of the cost is kept.
+def check_budget(sizes: Collection[Size], share: float) -> None:
+    """Refuses a budget that no ranks keep; sizes are all that it takes to tell.
 
     Args:
-        curves: of every product that may be factored, by name.
+        sizes: of every weight that may be factored; one at least.
         share: of the sum of their costs as they are, in (0, 1].
 
     Raises:
-        PreconditionError: when rank 1 everywhere still costs more.
+        PreconditionError: when rank 1 everywhere still costs more; with the least that can
+            be kept.
     """
-    whole = sum(curve.dense for curve in curves.values())
-    least = sum(curve.least for curve in curves.values())
-    if not curves or least > share * whole:
-        bound = least / whole if curves else 1.0
-        raise PreconditionError(
-            f"a budget of {share:g} cannot be met: rank 1 everywhere keeps {bound:.3g}",
-            fix=f"lowrank{{budget={min(math.ceil(bound * 1000) / 1000, 1.0):g}}} at least",
-        )
+    whole, least = (sum(costs) for costs in zip(*((s.dense, s.least) for s in sizes), strict=True))
+    if least <= share * whole:
+        return
+    slow = any(size.most == 0 for size in sizes)
+    bound = math.ceil(least / whole * 1000) / 1000
+    fixes = [f"budget={bound:g} or more"] * (bound < 1) + ["of=bytes, whatever the time"] * slow
+    raise PreconditionError(
+        f"a budget of {share:g} cannot be met: rank 1 "
+        + ("wherever factors are no slower" if slow else "everywhere")
+        + f" keeps {least / whole:.3g}",
+        fix=", or ".join(fixes) or "select other weights",
+    )
+
+
+def share_out(curves: Mapping[str, Curve], share: float) -> dict[str, int]:
+    """The rank of each weight that is to be factored, so that ``share`` of the cost is kept.
+
+    Args:
+        curves: of every weight that may be factored, by name; one at least.
+        share: of the sum of their costs as they are, in (0, 1].
+
+    Raises:
+        PreconditionError: as :func:`check_budget`.
+    """
+    check_budget([curve.size for curve in curves.values()], share)
+    most = share * sum(curve.size.dense for curve in curves.values())
     low, high = 0.0, 1.0
-    while _cost(curves, _ranks(curves, high)) > share * whole:
+    while _cost(curves, _ranks(curves, high)) > most:
         high *= 4
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        if _cost(curves, _ranks(curves, middle)) > share * whole:
+        if _cost(curves, _ranks(curves, middle)) > most:
             low = middle
         else:
             high = middle
@@ -100,4 +136,4 @@ def _ranks(curves: Mapping[str, Curve], price: float) -> dict[str, int | None]:
 
 
 def _cost(curves: Mapping[str, Curve], ranks: Mapping[str, int | None]) -> float:
-    return sum(curve.cost(ranks[name]) for name, curve in curves.items())
+    return sum(curve.size.cost(ranks[name]) for name, curve in curves.items())

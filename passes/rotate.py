@@ -30,15 +30,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from ftc.graph.errors import UsageError
 from ftc.graph.observe import observe
 from ftc.graph.products import products
 from ftc.graph.program import Program
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
 from ftc.graph.shapes import value
+from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
+from .options import check_share
 
 aten = torch.ops.aten
 
@@ -88,10 +89,7 @@ class Rotate(Pass):
     gain: float | None = 0.4
 
     def __post_init__(self) -> None:
-        if self.gain is not None and not 0 < self.gain <= 1:
-            raise UsageError(
-                f"rotate{{gain={self.gain}}}: gain lies in (0, 1]", fix="rotate{gain=0.4}"
-            )
+        check_share(self, "gain", 0.4)
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Rotates the inputs and weights of every site where it pays."""
@@ -110,10 +108,10 @@ class Rotate(Pass):
             count = sum(len(site.weights) for site in taken)
             names = ", ".join(site.weights[0] for site in taken[:2])
             rw.note(
-                f"rotated the inputs of {count} products by blocks of {BLOCK} channels ({names}"
-                f"{', ...' if len(taken) > 2 else ''}): their expected error at 8 bits falls to "
-                f"{min(ratios[s.x] for s in taken):.2f} to {max(ratios[s.x] for s in taken):.2f} "
-                "of what it was"
+                f"rotated the inputs of {plural(count, 'product')} by blocks of {BLOCK} channels "
+                f"({names}{', ...' if len(taken) > 2 else ''}): their expected error at 8 bits "
+                f"falls to {min(ratios[s.x] for s in taken):.2f} to "
+                f"{max(ratios[s.x] for s in taken):.2f} of what it was"
             )
 
 

@@ -22,12 +22,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from ftc.graph.errors import UsageError
 from ftc.graph.observe import observe
 from ftc.graph.rewriter import Rewriter
+from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
 from .channels import Group, find_groups, scale_channels, shared
+from .options import check_share
 
 _FLOOR = 0.1  # of the mean maximum: a channel that the data never used may be used tomorrow
 _TINY = 1e-5  # a column of zeros needs no scale
@@ -53,10 +54,7 @@ class Smooth(Pass):
     alpha: float | None = 0.5
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise UsageError(
-                f"smooth{{alpha={self.alpha}}}: alpha lies in [0, 1]", fix="smooth{alpha=0.5}"
-            )
+        check_share(self, "alpha", 0.5, "[0, 1]")
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Scales the weights of every group."""
@@ -67,7 +65,10 @@ class Smooth(Pass):
         scaled = [g for g in groups if _scale(rw, g, peaks[g.x], self.alpha)]
         count = sum(len(group.weights) for group in scaled)
         if scaled:
-            rw.note(f"smoothed the inputs of {count} products at {len(scaled)} places")
+            rw.note(
+                f"smoothed the inputs of {plural(count, 'product')} "
+                f"at {plural(len(scaled), 'place')}"
+            )
         elif not groups:
             rw.note("nothing to smooth: no product's input can be scaled before it")
 

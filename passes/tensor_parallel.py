@@ -30,6 +30,7 @@ from ftc.graph.program import Program
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.sharding import CUT
 from ftc.graph.structure import AttentionCore, FeedForward, Structure, find_structure
+from ftc.graph.words import plural
 
 from . import spread_values, spread_views  # noqa: F401  (registers the rules)
 from .base import Context, Effect, Pass
@@ -173,10 +174,10 @@ class _Found:
         """What was cut, and what was not."""
         counts = Counter(kind for _, kind in self.edits)
         yield f"cut over {self._size} ranks: " + ", ".join(
-            f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in counts.items()
+            plural(count, kind) for kind, count in counts.items()
         )
         for (kind, reason), count in self.whole.items():
-            yield f"left {count} {kind}{'s' if count > 1 else ''} whole: {reason}"
+            yield f"left {plural(count, kind)} whole: {reason}"
 
 
 def _place(block: AttentionCore | FeedForward) -> fx.Node:

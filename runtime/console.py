@@ -131,11 +131,6 @@ def table(*columns: str, title: str | None = None, left: int = 1) -> Table:
     return made
 
 
-def plural(number: int, noun: str, many: str | None = None) -> str:
-    """``1 text``, ``2 texts``, ``1,234 texts``."""
-    return f"{number:,} {noun if number == 1 else many or noun + 's'}"
-
-
 def count(number: float | None) -> str:
     """``22.7 M``; empty for None."""
     if number is None:

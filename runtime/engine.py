@@ -20,6 +20,7 @@ from ftc.graph.bundle import is_bundle, load_bundle
 from ftc.graph.errors import BundleError, UsageError
 from ftc.graph.program import Program
 from ftc.graph.sources import capture
+from ftc.graph.words import plural
 
 EngineName = Literal["onnx", "torch"]
 MODEL = "model.onnx"
@@ -58,7 +59,7 @@ class TorchEngine:
     def label(self) -> str:
         """``torch 2.13.0, 2 threads``"""
         version = torch.__version__.split("+")[0]
-        return f"torch {version}, {_threads(torch.get_num_threads())}"
+        return f"torch {version}, {plural(torch.get_num_threads(), 'thread')}"
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name.
@@ -100,7 +101,7 @@ class OnnxEngine:
                 f"{', '.join(program.signature.output_names)}",
                 fix="make the bundle again",
             )
-        self.label = f"onnxruntime {onnxruntime.__version__}, {_threads(used)}"
+        self.label = f"onnxruntime {onnxruntime.__version__}, {plural(used, 'thread')}"
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name."""
@@ -168,7 +169,3 @@ def open_engine(
             f"{source} has no {MODEL}", fix=f"ftc export {source} -o FILE.onnx, or --engine torch"
         )
     return OnnxEngine(program, lowered)
-
-
-def _threads(number: int) -> str:
-    return f"{number} thread{'s' if number > 1 else ''}"

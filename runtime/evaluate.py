@@ -21,8 +21,8 @@ from torch import Tensor
 from ftc.graph.cached import is_cached
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Program
+from ftc.graph.words import plural
 
-from .console import plural
 from .engine import Engine
 from .examples import Example, read_examples
 from .lengths import cut_texts

@@ -26,7 +26,9 @@ from ftc.graph.errors import PreconditionError, UsageError
 from ftc.graph.pieces import Inputs, pieces
 from ftc.graph.printer import fingerprint
 from ftc.graph.program import PassRecord, Program
-from ftc.passes.base import Context
+from ftc.graph.words import plural
+from ftc.passes.base import Context, Effect
+from ftc.passes.lowrank import LowRank
 from ftc.passes.pipeline import Observer, Pipeline, PipelineResult
 
 _RATE = 1e-4
@@ -50,8 +52,18 @@ def recovering(
     last = max((i for i, p in enumerate(pipeline.passes) if p.name == "lowrank"), default=None)
     if last is None:
         raise UsageError("--recover trains the factors of lowrank, and no such pass runs",
-                         fix="--passes lowrank{budget=0.8}")  # fmt: skip
+                         fix=f'--passes "{_with_lowrank(pipeline)}"')  # fmt: skip
     return Recovering(pipeline, last + 1, steps, progress)
+
+
+def _with_lowrank(pipeline: Pipeline) -> Pipeline:
+    """``pipeline`` with a cut before what quantizes or changes inputs and outputs."""
+    cut, passes = LowRank(budget=0.8), pipeline.passes
+    if passes and passes[0].name == "cleanup":  # comes first anyway
+        passes = passes[1:]
+    later = (p.provides & cut.forbids or p.effect is Effect.INTERFACE for p in passes)
+    first = next((place for place, is_later in enumerate(later) if is_later), len(passes))
+    return Pipeline((*passes[:first], cut, *passes[first:]))
 
 
 @dataclass(frozen=True)
@@ -187,8 +199,8 @@ def _recorded(
 ) -> Program:  # fmt: skip
     steps, few = len(losses), max(len(losses) // 10, 1)
     first, last = (sum(part) / few for part in (losses[:few], losses[-few:]))
-    note = (f"trained {len(names)} factors for {steps} steps on calibration data: "
-            f"the loss fell from {first:.4g} to {last:.4g}")  # fmt: skip
+    note = (f"trained {plural(len(names), 'factor')} for {plural(steps, 'step')} on "
+            f"calibration data: the loss fell from {first:.4g} to {last:.4g}")  # fmt: skip
     if last > first:
         note = note.replace("fell", "rose")
     total = cost(student)

@@ -7,8 +7,9 @@ import re
 
 import pytest
 
+from ftc.graph.words import plural
 from ftc.runtime import console
-from ftc.runtime.console import plural, table
+from ftc.runtime.console import table
 
 
 class Terminal(io.StringIO):

@@ -22,10 +22,11 @@ from ftc.graph.products import products
 from ftc.graph.program import Program
 from ftc.graph.spectrum import damped_outputs, damped_root, spectrum
 from ftc.graph.target import CostTable, Point, Target, target
+from ftc.passes import lowrank
 from ftc.passes.base import Context, PassResult
 from ftc.passes.pace import Pace
 from ftc.passes.pipeline import Pipeline
-from ftc.passes.ranks import Curve, share_out
+from ftc.passes.ranks import Curve, Size, check_budget, share_out
 from ftc.passes.text import parse_pass
 from ftc.tests.tiny import custom, tiny
 
@@ -225,9 +226,9 @@ def test_ranks_hold_the_budget_and_no_swap_is_better(seed, share):
     for name, shape in (("a", (6, 8)), ("b", (10, 5))):
         squares = torch.rand(min(shape), generator=generator, dtype=torch.float64).sort().values
         tails = torch.cat([squares.cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
-        curves[name] = Curve(shape, tails)
-    whole = sum(curve.dense for curve in curves.values())
-    if sum(curve.least for curve in curves.values()) > share * whole:
+        curves[name] = Curve(Size(shape), tails)
+    whole = sum(curve.size.dense for curve in curves.values())
+    if sum(curve.size.least for curve in curves.values()) > share * whole:
         with pytest.raises(PreconditionError, match="cannot be met"):
             share_out(curves, share)
         return
@@ -235,7 +236,7 @@ def test_ranks_hold_the_budget_and_no_swap_is_better(seed, share):
 
     def both(a: int | None, b: int | None) -> tuple[float, float]:
         pair = ((curves["a"], a), (curves["b"], b))
-        return (sum(c.cost(r) for c, r in pair),
+        return (sum(c.size.cost(r) for c, r in pair),
                 sum(0.0 if r is None else float(c.tails[r]) for c, r in pair))  # fmt: skip
 
     cost, lost = both(ranks.get("a"), ranks.get("b"))
@@ -287,10 +288,37 @@ def test_every_method_cuts_to_its_ratio(method):
     assert result.modified and weights(result.program) < weights(program)
 
 
-def test_without_calibration_data_a_budget_says_what_stood_for_it():
-    program = canonical("mlp")
-    result = parse_pass("lowrank{budget=0.6}")(program)
-    assert any("random inputs" in note for note in result.record.notes)
+@pytest.mark.parametrize("cut", ["budget=0.6", "ratio=0.6", "rank=3", "max_drift=0.95"])
+def test_without_calibration_data_the_notes_say_what_stood_for_it(cut):
+    notes = parse_pass(f"lowrank{{{cut}}}")(canonical("mlp")).record.notes
+    assert any("random inputs" in note for note in notes)
+    assert any("fisher metric, of the data" in note for note in notes)
+
+
+def test_what_becomes_no_smaller_is_told_with_what_would():
+    program = Pipeline.parse("canonicalize").run(custom(nn.Linear(8, 8), input=torch.randn(3, 8)))
+    program = program.program
+    (note,) = (note for note in run("lowrank{rank=8}", program).record.notes if "smaller" in note)
+    assert "left 1 weight alone: at rank=8" in note and "rank=3 is the largest that" in note
+    assert run("lowrank{rank=3}", program).modified
+    assert run("lowrank{rank=4}", program).modified == 0
+    notes = run("lowrank{ratio=1}", program).record.notes
+    assert any("a lower ratio would" in note for note in notes)
+
+
+def test_energy_says_that_it_is_of_the_weights_alone():
+    notes = run("lowrank{energy=0.5}", canonical("mlp")).record.notes
+    assert any("plain metric, of the weights alone" in note for note in notes)
+
+
+def test_too_much_drift_leads_to_the_search_for_the_drift():
+    program = canonical("bert")
+    with pytest.raises(BudgetError) as caught:
+        run("lowrank{ratio=0.3,select=product}", program, max_drift=0.2)
+    assert "--sensitivity" not in caught.value.fix
+    asked = caught.value.fix.partition("let ")[2].partition(" find")[0]
+    assert asked == "lowrank{max_drift=0.2,select=product}"
+    assert run(asked, program, max_drift=0.2).record.drift.relative <= 0.2
 
 
 @pytest.mark.parametrize("spec", ["lowrank{budget=0.5}", "lowrank{ratio=0.5}"])
@@ -319,6 +347,9 @@ def test_full_budget_changes_nothing():
         ("lowrank{budget=0}", "budget"), ("lowrank{budget=0.5,ratio=0.5}", "one of"),
         ("lowrank{max_drift=0}", "max_drift"), ("lowrank{damping=0}", "damping"),
         ("lowrank{budget=0.5,method=plain}", "compare"), ("lowrank{rank=0}", "rank"),
+        ("lowrank{ratio=0.7,of=bytes}", "budget=0.7,of=bytes"),
+        ("lowrank{rank=4,of=bytes}", "what a budget counts"),
+        ("lowrank{of=operations}", "leave of out"),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(spec, word):
@@ -327,10 +358,54 @@ def test_bad_options_are_refused(spec, word):
     assert caught.value.fix
 
 
-def test_a_budget_below_rank_one_is_refused():
-    with pytest.raises(PreconditionError, match="cannot be met") as caught:
-        run("lowrank{budget=0.01}", canonical("mlp"))
-    assert "budget=" in caught.value.fix
+@pytest.mark.parametrize(
+    ("spec", "fix"),
+    [
+        ("lowrank{budget=80}", "lowrank{budget=0.8}"),
+        ("lowrank{max_drift=20,select=ffn}", "lowrank{max_drift=0.2,select=ffn}"),
+        ("lowrank{ratio=55}", "lowrank{ratio=0.55}"),
+        ("lowrank{energy=99}", "lowrank{energy=0.99}"),
+        ("lowrank{energy=-3}", "lowrank{energy=0.9}"),
+        ("lowrank{budget=150}", "lowrank{budget=0.8}"),
+        ("lora{dropout=10}", "lora{dropout=0.1}"),
+        ("int8{max_drift=2}", "int8{max_drift=0.02}"),
+    ],
+)
+def test_a_percentage_leads_to_the_share_that_was_meant(spec, fix):
+    with pytest.raises(UsageError, match="lies in") as caught:
+        parse_pass(spec)
+    assert caught.value.fix == fix
+    parse_pass(fix)
+
+
+@pytest.mark.parametrize("of", ["params", "bytes", "operations"])
+def test_a_budget_below_rank_one_is_refused_before_anything_is_measured(of, monkeypatch):
+    """And the least that it names can be met, to the thousandth that it is rounded to."""
+    program = canonical("mlp")
+    with monkeypatch.context() as patch:
+        patch.setattr(lowrank, "Measure", None)
+        with pytest.raises(PreconditionError, match="cannot be met") as caught:
+            run(f"lowrank{{budget=0.01,of={of}}}", program)
+    least, _, _ = caught.value.fix.partition(" or more")
+    assert run(f"lowrank{{{least},of={of}}}", program).modified
+    less = float(least.partition("=")[2]) - 0.001
+    with pytest.raises(PreconditionError, match="cannot be met"):
+        run(f"lowrank{{budget={less},of={of}}}", program)
+
+
+def test_biases_without_calibration_are_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(lowrank, "Measure", None)
+    with pytest.raises(PreconditionError, match="biases are corrected on calibration data"):
+        parse_pass("lowrank{budget=0.5,correct_bias=true}")(canonical("mlp"))
+
+
+def test_a_size_knows_the_ranks_that_make_it_smaller():
+    assert Size((6, 8)).largest == 3 and Size((6, 8), most=2).largest == 2
+    assert Size((1, 9)).largest == 0 and Size((1, 9)).least == Size((1, 9)).dense == 9
+    check_budget([Size((6, 8)), Size((1, 9))], (14 + 9) / (48 + 9))
+    with pytest.raises(PreconditionError, match="wherever factors are no slower keeps 1") as caught:
+        check_budget([Size((6, 8), most=0)], 0.9)
+    assert caught.value.fix.startswith("of=bytes")
 
 
 def test_factors_train_and_compose_with_int8():

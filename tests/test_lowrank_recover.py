@@ -62,12 +62,25 @@ def test_it_comes_before_quantization_and_is_saved(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("asked", "fixed"),
+    [
+        ("int8", "CUT,int8"), ("cleanup", "CUT"), ("cleanup,smooth", "smooth,CUT"),
+        ("smooth,int8,cache", "smooth,CUT,int8,cache"), ("cache", "CUT,cache"),
+    ],
+)  # fmt: skip
+def test_without_lowrank_the_fix_puts_it_among_the_passes_that_were_given(asked, fixed):
+    with pytest.raises(UsageError, match="no such pass") as caught:
+        recovering(Pipeline.parse(asked), 5)
+    passes = fixed.replace("CUT", "lowrank{budget=0.8}")
+    assert caught.value.fix == f'--passes "{passes}"'
+    assert recovering(Pipeline.parse(passes), 5)
+
+
 def test_what_cannot_be_done_is_refused():
     program, thin, ctx = cut("mlp")
     with pytest.raises(UsageError, match="1 or more"):
         recovering(Pipeline.parse("lowrank"), 0)
-    with pytest.raises(UsageError, match="no such pass"):
-        recovering(Pipeline.parse("int8"), 5)
     with pytest.raises(PreconditionError, match="calibration"):
         recover(thin, program, Context.for_program(program), 5)
     assert recover(program, program, ctx, 5) is program

@@ -22,6 +22,7 @@ from torch import nn
 
 from ftc.graph.bundle.tensor_file import aligned
 from ftc.graph.errors import SourceError, UsageError, nearest
+from ftc.graph.words import listed
 
 from .safety import load_torch, weight_files
 from .tasks import FEATURES, auto_class, default_task, model_class, supports
@@ -258,9 +259,8 @@ def check_missing(loaded: Loaded, read: frozenset[str], where: str) -> None:
     """
     random = sorted(loaded.missing & read)
     if random:
-        shown = ", ".join(random[:4]) + (f" and {len(random) - 4} more" if len(random) > 4 else "")
         raise SourceError(
-            f"the weights have nothing for {shown}, which {loaded.task} needs",
+            f"the weights have nothing for {listed(random)}, which {loaded.task} needs",
             where=where,
             fix=f"choose --task {FEATURES}, or a model that was trained for {loaded.task}"
             if loaded.task != FEATURES

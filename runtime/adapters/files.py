@@ -23,6 +23,7 @@ from ftc.graph.adapters import adapter_kind
 from ftc.graph.errors import BundleError, PreconditionError, UsageError
 from ftc.graph.program import PassRecord, Program, attach, detach
 from ftc.graph.provenance import provenance
+from ftc.graph.words import listed
 from ftc.passes.pipeline import Pipeline
 
 from .base import differing, sketch_base
@@ -97,10 +98,9 @@ def load_adapters(program: Program, folder: str | Path) -> Program:
     if not tensors.keys() <= {name for name, _ in program.module.named_parameters()}:
         program = Pipeline.parse(",".join(specs)).run(program).program
     if odd := differing(program, tensors, known):
-        shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         raise PreconditionError(
             "these adapters were trained on another base: its weights differ",
-            where=shown,
+            where=listed(odd),
             fix="load them on the model and passes they were trained on: "
             + (",".join(base) or "no passes"),
         )
