@@ -111,7 +111,7 @@ def test_another_layout_is_stored_anew(name):
         assert stored.dim() == 2
         assert product.node.meta["val"].shape[-1] == stored.shape[0]
     assert before.tensor("w").shape == shape  # the program before is as it was
-    assert any("1 weights stored anew" in note for note in result.record.notes)
+    assert any("1 weight stored anew" in note for note in result.record.notes)
 
 
 def test_products_that_read_each_other_directly():

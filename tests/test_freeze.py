@@ -116,7 +116,7 @@ def test_codes_do_not_train() -> None:
     program = Pipeline.parse('int8{min_size=0,select="product & ffn"}').run(tiny("bert")).program
     result = Freeze(train="ffn")(program)  # the biases are left
     assert trained(result.program) <= find_structure(program).roles["bias"]
-    assert "4 selected weights are quantized" in result.record.notes[0]
+    assert "4 selected weights quantized" in result.record.notes[0]
     with pytest.raises(PreconditionError, match="quantized") as caught:
         Freeze(train="ffn - bias")(program)
     fix = str(caught.value.fix)

@@ -75,7 +75,7 @@ def test_outputs_stay_and_a_tied_table_stays_one(tied: Program, gain: float) -> 
 
 def test_it_rotates_where_it_pays_and_nowhere_else(tied: Program) -> None:
     (note,) = run(tied, "rotate").records[-1].notes[-1:]
-    assert "rotated the inputs of 1 products" in note and "table.weight" in note
+    assert "rotated the inputs of 1 product by" in note and "table.weight" in note
     assert run(tied, "rotate{gain=none}").records[-1].modified == 0
 
 
