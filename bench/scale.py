@@ -5,9 +5,9 @@
     python bench/scale.py --balance    stages of 24 uneven layers: largest beside the mean
 
 Without one of them all are run; ``--json FILE`` and ``--picture FILE`` keep what was found.
-Every process has one thread. Processes that share cores are simulated so: at a moment when n
-of them compute on c cores each is c / n as fast, and where two cores slow each other down
-(they may share an arithmetic unit) that is measured first and taken into account.
+Every process has one thread. What a timeline is simulated from is measured first: the seconds of
+each stage by as many processes at once as compute in the run, or as there are cores, and what a
+message takes between two. Processes that share cores are simulated so (``simulate(cores=…)``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from scale_runs import MICROBATCHES, balance, peak, product, run, save, step
+from scale_runs import MICROBATCHES, balance, message, peak, run, save, stage_times, step
 
 MESHES = ("dp=1", "dp=2", "fsdp=2", "tp=2", "pp=2")
 PIPELINES = ((2, "gpipe"), (2, "1f1b"), (2, "zero-bubble"), (4, "gpipe"), (4, "1f1b"))
@@ -69,71 +69,24 @@ def memory(folder: Path) -> dict[str, Any]:
 def timeline(folder: Path) -> list[dict[str, Any]]:
     """Measured and simulated seconds of a step of each pipeline."""
     run(1, save, folder, 256, 2000)
+    from ftc.graph.timeline import StageTime, simulate
+
     cores = len(os.sched_getaffinity(0))
-    alone, both = run(1, product)[0], max(run(2, product))
-    slower = both / alone
-    print(f"{cores} cores; with both busy each product takes {slower:.2f} of its time alone")
+    latency, link = run(2, message)[0]
+    print(f"{cores} cores; a message takes {latency * 1e6:.0f} us and 1 s for {link / 1e9:.2f} GB")
     found = []
     for count, schedule in PIPELINES:
-        results = run(count, step, folder, f"pp={count}", schedule)
-        measured = max(each[0] for each in results)
-        stages = max((each[1] for each in results), key=len)  # the first process knows them
-        said = shared(schedule, stages, cores, slower)
+        each = run(min(count, cores), stage_times, folder, count, latency, link)
+        times = [StageTime(*(sum(x) / len(each) for x in zip(*of_stage, strict=True)))
+                 for of_stage in zip(*each, strict=True)]  # fmt: skip
+        said = simulate(schedule, times, MICROBATCHES, cores=cores).seconds
+        measured = max(run(count, step, folder, f"pp={count}", schedule))
         found.append({"processes": count, "schedule": schedule, "measured": measured,
-                      "simulated": said, "cores": cores, "slower": slower})  # fmt: skip
+                      "simulated": said, "cores": cores, "latency": latency,
+                      "link": link})  # fmt: skip
         print(f"pp={count} {schedule:12} measured {measured:.3f} s, simulated {said:.3f} s: "
               f"{said / measured - 1:+.0%}", flush=True)  # fmt: skip
     return found
-
-
-def shared(schedule: Any, stages: Any, cores: int, slower: float) -> float:
-    """Seconds of a step where devices share ``cores``; the order of work is the simulation's."""
-    from ftc.graph.timeline import StageTime, order
-
-    times = [StageTime(*each) for each in stages]
-    devices = len(times)
-    todo = [order(schedule, rank, devices, devices, MICROBATCHES) for rank in range(devices)]
-    done: dict[Any, float] = {}
-    left: list[float | None] = [None] * devices
-    now = 0.0
-    while any(todo):
-        for rank, works in enumerate(todo):
-            if works and left[rank] is None and ready(works[0], times, done) <= now:
-                left[rank] = seconds(works[0], times, split=schedule == "zero-bubble")
-        busy = [rank for rank in range(devices) if left[rank] is not None]
-        rate = 1.0 if len(busy) < 2 else min(1.0, cores / len(busy)) / slower
-        ends = [now + (left[rank] or 0.0) / rate for rank in busy]
-        waits = [ready(w[0], times, done) for r, w in enumerate(todo) if w and left[r] is None]
-        later = min([*ends, *(t for t in waits if now < t < float("inf"))])
-        for rank in busy:
-            left[rank] = (left[rank] or 0.0) - (later - now) * rate
-            if (left[rank] or 0.0) <= 1e-12:
-                done[todo[rank].pop(0)], left[rank] = later, None
-        now = later
-    return now
-
-
-def ready(work: Any, times: Any, done: dict[Any, float]) -> float:
-    """When what ``work`` needs has arrived; infinity while that is not known."""
-    kind, stage, number = work
-    never = float("inf")
-    if kind == "weights":
-        return done.get(("backward", stage, number), never)
-    if kind == "forward":
-        return done.get((kind, stage - 1, number), never) + times[stage - 1].send if stage else 0.0
-    if stage == len(times) - 1:
-        return done.get(("forward", stage, number), never)
-    return done.get((kind, stage + 1, number), never) + times[stage].send
-
-
-def seconds(work: Any, times: Any, *, split: bool) -> float:
-    """Of one piece of work on a core of its own."""
-    time_of = times[work[1]]
-    if work[0] == "forward":
-        return float(time_of.forward)
-    if work[0] == "weights":
-        return float(time_of.weights)
-    return float(time_of.backward - (time_of.weights if split else 0.0))
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-LAYERS, ROWS, LENGTH, STEPS, MICROBATCHES = 12, 4, 64, 5, 8
+LAYERS, ROWS, LENGTH, STEPS, MICROBATCHES = 12, 4, 64, 9, 8
 
 
 def run(count: int, function: Any, *arguments: Any) -> list[Any]:
@@ -64,42 +64,61 @@ def save(folder: Path, width: int, words: int) -> int:
     return sum(t.nbytes for _, t in program.tensors())
 
 
-def step(folder: Path, mesh: str, schedule: str) -> tuple[float, list[tuple[float, ...]]]:
-    """Median seconds of a step, and forward, backward, weights and send of each stage here."""
-    from ftc.graph.cut import cut
-    from ftc.graph.stage_plan import stage_costs
-    from ftc.graph.training_cost import DEVICES
-
-    engine, batch, world, program = made(folder, mesh, schedule)
+def step(folder: Path, mesh: str, schedule: str) -> float:
+    """Median seconds of a step."""
+    engine, batch, world, _ = made(folder, mesh, schedule)
     times = []
     for _ in range(STEPS + 2):
         world.any(False)  # all of them begin together
         begin = time.perf_counter()
         engine.gradients([batch] * MICROBATCHES)
         times.append(time.perf_counter() - begin)
-    stages: list[tuple[float, ...]] = []
-    if world.main:
-        sizes, here = {"batch": ROWS, "sequence": LENGTH}, DEVICES["here"]
-        for cost in stage_costs(program, cut(program), sizes, here):
-            time_of = cost.time_on(here)
-            stages.append((time_of.forward, time_of.backward, time_of.weights, time_of.send))
     world.any(False)
     world.leave()
-    return sorted(times[2:])[STEPS // 2], stages
+    return sorted(times[2:])[STEPS // 2]
 
 
-def product() -> float:
-    """Seconds of a product that fills a core."""
+def stage_times(
+    folder: Path, count: int, latency: float, link: float
+) -> list[tuple[float, float, float, float]]:
+    """Forward, backward, weights and send of each stage, measured while others do the same."""
+    from dataclasses import replace
+
+    from ftc.graph.bundle import load_bundle
+    from ftc.graph.cut import cut
+    from ftc.graph.stage_plan import stage_costs
+    from ftc.graph.training_cost import DEVICES
+
+    here = replace(DEVICES["here"], latency=latency, link=link)
+    program, sizes = staged(load_bundle(folder), count), {"batch": ROWS, "sequence": LENGTH}
+    times = [cost.time_on(here) for cost in stage_costs(program, cut(program), sizes, here)]
+    return [(time_of.forward, time_of.backward, time_of.weights, time_of.send) for time_of in times]
+
+
+def staged(program: Any, count: int) -> Any:
+    """The program with stages."""
+    from ftc.passes.partition import Partition
+
+    return Partition(stages=count, shape=f"batch={ROWS},sequence={LENGTH}")(program).program
+
+
+def message() -> tuple[float, float]:
+    """Seconds until a small message is at the other process, and bytes a second of large ones."""
     import torch
+    import torch.distributed as dist
 
-    x, best = torch.randn(512, 512), float("inf")
-    end = time.time() + 3
-    while time.time() < end:
-        begin = time.perf_counter()
-        for _ in range(20):
-            x @ x
-        best = min(best, time.perf_counter() - begin)
-    return best
+    dist.init_process_group("gloo")
+    rank, found = dist.get_rank(), []
+    for size in (1, 1 << 20):
+        x, times = torch.zeros(size), []
+        for _ in range(40):
+            begin = time.perf_counter()
+            for sends in (rank == 0, rank == 1):  # there and back
+                dist.send(x, 1 - rank) if sends else dist.recv(x, 1 - rank)
+            times.append((time.perf_counter() - begin) / 2)
+        found.append(sorted(times)[len(times) // 2])
+    dist.destroy_process_group()
+    return found[0], 4 * (1 << 20) / max(found[1] - found[0], 1e-9)
 
 
 def peak(folder: Path, mesh: str) -> tuple[int, int]:
@@ -132,7 +151,6 @@ def made(folder: Path, mesh: str, schedule: str) -> tuple[Any, Any, Any, Any]:
     import torch
 
     from ftc.graph.bundle import load_bundle
-    from ftc.passes.partition import Partition
     from ftc.runtime.training.config import TrainConfig
     from ftc.runtime.training.engines import Mesh, World
     from ftc.runtime.training.engines.join import make_engine
@@ -143,8 +161,7 @@ def made(folder: Path, mesh: str, schedule: str) -> tuple[Any, Any, Any, Any]:
     world = World(Mesh.parse(mesh), torch.device("cpu"), 120)
     program = load_bundle(folder)
     if world.mesh.pp > 1:
-        shape = f"batch={ROWS},sequence={LENGTH}"
-        program = Partition(stages=world.mesh.pp, shape=shape)(program).program
+        program = staged(program, world.mesh.pp)
     torch.manual_seed(world.data_rank)
     program = owned(program) if mesh.startswith("dp") else program.clone()
     ids = torch.randint(2, 1000, (ROWS, LENGTH))

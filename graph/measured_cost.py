@@ -1,31 +1,36 @@
-"""Training costs as this machine shows them: each kind of node is timed, forward and backward.
+"""Training costs as this machine shows them: a step of the program, timed node by node.
 
 The roofline of :mod:`ftc.graph.training_cost` knows an operator by its work and its
-bytes; what a kernel makes of them depends on shapes, caches and the library. Here the
-graph runs once, and every node runs by itself with the values it gets there:
+bytes; what a kernel makes of them depends on shapes, caches and the library. Here
+whole steps run, and every node is a piece of its own in them: what it makes is a leaf,
+whose gradient is that of all its readers, as autograd adds them up::
 
-    forward   = seconds of the operator
+    forward   = seconds of the operator, which finds its inputs where the step left them
     backward  = seconds of its gradients, added up where weights already have some,
                 as from the second microbatch on
 
-Nodes of one operator, the same shapes and the same gradients are timed once, so a
-model of many layers takes little more than one of few.
+An operator repeated by itself would find its inputs in the cache and write to memory
+that it just gave back: forwards came out a fifth too short so. Nodes of one operator,
+the same shapes and the same gradients have one time, the median of all of them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import PreconditionError
 from .program import Program
 
-_ROUNDS, _MOST = 7, 0.15  # repetitions of a node, and seconds for them
+_STEPS, _MOST = 5, 8.0  # steps that count, but for two no more than fit in so many seconds
+_LEAST = 1e-7
 
 Seconds = tuple[float, float, float]
 """Of the forward pass, of the backward pass, and of weights' gradients in it."""
@@ -36,106 +41,178 @@ def measured_seconds(program: Program, sizes: Mapping[str, int]) -> dict[fx.Node
 
     Args:
         program: its tensors and the state of the generators stay as they are;
-            ``requires_grad`` says what trains.
+            ``requires_grad`` says what trains. A step of it has to fit in memory.
         sizes: one for each dynamic dimension.
 
     Raises:
         PreconditionError: for sizes at which it does not run.
     """
-    timing = _Timing(program.module)
-    probe = program.signature.probe(seed=0, **sizes)
-    with torch.random.fork_rng(), torch.no_grad():
+    step = _Step(program)
+    probe = program.signature.bind(program.signature.probe(seed=0, **sizes))
+    with torch.random.fork_rng():
         try:
-            timing.run(*program.signature.bind(probe))
+            kinds = step.run(probe, apart=False)  # the first gradients, and memory for all
         except RuntimeError as error:
             said = str(error).strip().partition("\n")[0]
             raise PreconditionError(f"the program does not run at {dict(sizes)}: {said}",
                                     fix="give sizes that it takes") from error  # fmt: skip
-    return timing.found
+        step.forget()
+        step.run(probe, apart=True)
+        begin, steps = time.perf_counter(), 0
+        while steps < 1 or (steps < _STEPS and time.perf_counter() - begin < _MOST):
+            step.run(probe, apart=False)
+            steps += 1
+    return {node: step.seconds(kind) for node, kind in kinds.items()}
 
 
-class _Timing(fx.Interpreter):
-    """Runs a graph, and times what it has not timed yet."""
+class _Step:
+    """Steps of a program, and the seconds of each kind of node in them."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.found: dict[fx.Node, Seconds] = {}
-        self._known: dict[Hashable, Seconds] = {}
-        self._trained: set[fx.Node] = set()
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._call = _seconds_of_a_call()
+        self._weights = {
+            node: value.detach().requires_grad_(value.requires_grad)
+            for node, value in _held(program)
+            if isinstance(value, nn.Parameter)
+        }
+        self.forget()
 
-    def run_node(self, n: fx.Node) -> Any:
-        """The value of ``n``; its seconds are kept."""
-        if n.op == "get_attr":
-            value = super().run_node(n)
-            if isinstance(value, nn.Parameter):
-                if value.requires_grad:
-                    self._trained.add(n)
-                return value
-            return value.clone() if value.is_floating_point() else value  # statistics are written
-        if n.op != "call_function":
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        flat, spec = tree_flatten((n.args, n.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
-        values = [self.env[x] if isinstance(x, fx.Node) else x for x in flat]
-        through = [isinstance(x, fx.Node) and x in self._trained for x in flat]
-        weights = [isinstance(x, fx.Node) and x.op == "get_attr" for x in flat]
-        made = n.target(*args, **kwargs)  # type: ignore[operator]
-        if any(through) and any(_is_float(t) for t in tree_flatten(made)[0]):
-            self._trained.add(n)
-        key = (n.target, *map(_form, values), *through, *weights)
-        if key not in self._known:
-            self._known[key] = _time(n.target, values, spec, through, weights)
-        self.found[n] = self._known[key]
-        return made
+    def forget(self) -> None:
+        """What was measured so far; gradients of weights stay."""
+        self._forward: dict[Hashable, list[float]] = defaultdict(list)
+        self._backward: dict[Hashable, list[float]] = defaultdict(list)
+        self._parts: dict[Hashable, list[tuple[float, float]]] = defaultdict(list)
+
+    def seconds(self, kind: Hashable) -> Seconds:
+        """Of a node of a kind."""
+        forward = median(self._forward[kind])
+        if kind not in self._backward:
+            return forward, 0.0, 0.0
+        backward = max(median(self._backward[kind]) - self._call, _LEAST)
+        inputs, weights = (median(each) for each in zip(*self._parts[kind], strict=True))
+        return forward, backward, backward * weights / (inputs + weights)
+
+    def run(self, inputs: Sequence[Tensor], *, apart: bool) -> dict[fx.Node, Hashable]:
+        """One step; the kind of each node.
+
+        Args:
+            inputs: of the program.
+            apart: gradients of weights are computed, and timed, after those of inputs.
+        """
+        values: dict[fx.Node, Any] = dict(self._weights)
+        values.update((node, value.clone() if value.is_floating_point() else value)
+                      for node, value in _held(self._program) if node not in values)  # fmt: skip
+        given, made, kinds = iter(inputs), dict[fx.Node, Any](), dict[fx.Node, Hashable]()
+        for node in self._program.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+            elif node.op == "call_function":
+                kinds[node] = kind = self._kind(node, values)
+                made[node], taken = _called(node, values)
+                self._forward[kind].append(taken)
+                values[node] = tree_map(_leaf, made[node])
+            elif node.op == "output":
+                for leaf in _learning([node], values):
+                    leaf.grad = torch.ones_like(leaf)
+        for node in reversed(kinds):
+            self._back(node, kinds[node], made.pop(node), values, apart=apart)
+            del values[node]
+        return kinds
+
+    def _back(
+        self,
+        node: fx.Node,
+        kind: Hashable,
+        made: Any,
+        values: Mapping[fx.Node, Any],
+        *,
+        apart: bool,
+    ) -> None:
+        """Gradients of what a node read, from those of what it made."""
+        pairs = [(t, leaf.grad) for t, leaf in zip(tree_leaves(made), tree_leaves(values[node]),
+                 strict=True) if isinstance(leaf, Tensor) and leaf.grad is not None]  # fmt: skip
+        sources = node.all_input_nodes
+        weights = _learning((n for n in sources if n in self._weights), values, reads=False)
+        inputs = _learning((n for n in sources if n not in self._weights), values, reads=False)
+        if not pairs or not (weights or inputs):
+            return
+        outputs, gradients = zip(*pairs, strict=True)
+        if not apart:
+            self._backward[kind].append(_pulled(outputs, gradients, [*inputs, *weights]))
+            return
+        before = _pulled(outputs, gradients, inputs, keep=bool(weights)) if inputs else 0.0
+        behind = _pulled(outputs, gradients, weights) if weights else 0.0
+        self._parts[kind].append((before, behind))
+
+    def _kind(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Hashable:
+        """What a node's time depends on."""
+        found: list[Hashable] = [node.target]
+
+        def add(argument: Any) -> Any:
+            if isinstance(argument, fx.Node):
+                weight = argument in self._weights
+                found.extend((weight, *map(_form, tree_leaves(values[argument]))))
+            else:
+                found.append(repr(argument))
+            return argument
+
+        fx.node.map_aggregate((node.args, node.kwargs), add)
+        return tuple(found)
 
 
-def _time(
-    target: Any, values: list[Any], spec: Any, through: list[bool], weights: list[bool]
-) -> Seconds:
-    """The shortest of some repetitions: whatever else the machine does makes it longer."""
-    every = _repeat(target, values, spec, through, through)
-    inputs = [t and not w for t, w in zip(through, weights, strict=True)]
-    if inputs == through:
-        return (*every, 0.0)
-    alone = _repeat(target, values, spec, inputs, inputs)[1] if any(inputs) else 0.0
-    return (*every, max(every[1] - alone, 0.0))
+def _held(program: Program) -> Iterable[tuple[fx.Node, Tensor]]:
+    """What each ``get_attr`` node reads."""
+    return ((node, program.tensor(str(node.target)))
+            for node in program.graph.nodes if node.op == "get_attr")  # fmt: skip
 
 
-def _repeat(
-    target: Any, values: list[Any], spec: Any, through: list[bool], kept: list[bool]
-) -> tuple[float, float]:
-    """Seconds of the operator, and of the gradients of some of its inputs."""
-    leaves = [
-        value.detach().requires_grad_(learns and value.is_floating_point())
-        if isinstance(value, Tensor) else value
-        for value, learns in zip(values, through, strict=True)
-    ]  # fmt: skip
-    learning = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-    args, kwargs = tree_unflatten(leaves, spec)
-    forward = backward = torch.inf
-    end = time.perf_counter() + _MOST
-    for _ in range(_ROUNDS):
-        with torch.enable_grad():
-            begin = time.perf_counter()
-            made = target(*args, **kwargs)
-            forward = min(forward, time.perf_counter() - begin)
-        outputs = [t for t in tree_flatten(made)[0] if _is_float(t) and t.requires_grad]
-        if outputs:
-            gradients = [torch.ones_like(t) for t in outputs]
-            begin = time.perf_counter()
-            torch.autograd.backward(outputs, gradients, inputs=learning)
-            backward = min(backward, time.perf_counter() - begin)
-        if time.perf_counter() > end:
-            break
-    return forward, backward if backward < torch.inf else 0.0
+def _called(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Any, float]:
+    """What an operator returns, and its seconds."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    with torch.enable_grad():
+        begin = time.perf_counter()
+        made = node.target(*args, **kwargs)  # type: ignore[operator]
+        return made, time.perf_counter() - begin
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _pulled(
+    outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor], *,
+    keep: bool = False,
+) -> float:  # fmt: skip
+    """Seconds of the gradients of ``inputs``."""
+    begin = time.perf_counter()
+    torch.autograd.backward(outputs, gradients, retain_graph=keep, inputs=inputs)
+    return time.perf_counter() - begin
+
+
+def _seconds_of_a_call() -> float:
+    """What each call of autograd takes by itself, which a whole backward pass takes once."""
+    x, best = torch.ones(1, requires_grad=True), float("inf")
+    for _ in range(50):
+        best = min(best, _pulled([x.view(1)], [torch.ones(1)], [x]))
+    return best
+
+
+def _leaf(value: Any) -> Any:
+    """A tensor with a gradient of its own."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def _learning(
+    nodes: Iterable[fx.Node], values: Mapping[fx.Node, Any], *, reads: bool = True
+) -> list[Tensor]:
+    """Tensors that get a gradient, each once: what nodes read, or what they are."""
+    sources = (each for node in nodes for each in (node.all_input_nodes if reads else (node,)))
+    found = {id(t): t for source in sources for t in tree_leaves(values[source])
+             if isinstance(t, Tensor) and t.requires_grad}  # fmt: skip
+    return list(found.values())
 
 
 def _form(value: Any) -> Hashable:
-    """What a node's time depends on, of one argument."""
+    """What a node's time depends on, of one value."""
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.stride(), value.dtype
+        return tuple(value.shape), value.stride(), value.dtype, value.requires_grad
     return repr(value)

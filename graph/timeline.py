@@ -18,11 +18,13 @@ The bubble is the share of all devices' time in which they wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 from .errors import UsageError
+from .shared_cores import run_on_cores
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -86,8 +88,9 @@ class Timeline:
 
 
 def simulate(
-    schedule: Schedule, stages: Sequence[StageTime], microbatches: int, devices: int | None = None
-) -> Timeline:
+    schedule: Schedule, stages: Sequence[StageTime], microbatches: int,
+    devices: int | None = None, *, cores: int | None = None,
+) -> Timeline:  # fmt: skip
     """Simulates one step.
 
     Args:
@@ -96,6 +99,8 @@ def simulate(
         microbatches: how many make a step.
         devices: as many as stages by default; fewer for ``interleaved`` and
             ``zero-bubble`` only.
+        cores: that devices share, where they are processes of one thread on one machine
+            (:mod:`ftc.graph.shared_cores`); by default each has its own.
 
     Raises:
         UsageError: for numbers that the schedule does not allow.
@@ -103,14 +108,20 @@ def simulate(
     devices = len(stages) if devices is None else devices
     refuse(schedule, len(stages), microbatches, devices)
     orders = [order(schedule, rank, devices, len(stages), microbatches) for rank in range(devices)]
-    spans = _run(orders, stages, split=schedule == "zero-bubble")
+    split = schedule == "zero-bubble"
+    if cores is None or cores >= devices:
+        spans = _run(orders, stages, split=split)
+    else:
+        done = run_on_cores(orders, partial(_seconds, stages=stages, split=split),
+                            partial(_ready, stages=stages), cores)  # fmt: skip
+        spans = sorted((Span(rank, *work, start, end) for rank, work, start, end in done),
+                       key=lambda span: (span.start, span.device))  # fmt: skip
     seconds = max((span.end for span in spans), default=0.0)
     busy = sum(span.end - span.start for span in spans)
     return Timeline(
         schedule, devices, microbatches, seconds,
         1 - busy / (devices * seconds) if seconds else 0.0,
-        tuple(_peak(spans, rank, stages, split=schedule == "zero-bubble")
-              for rank in range(devices)),
+        tuple(_peak(spans, rank, stages, split=split) for rank in range(devices)),
         tuple(spans),
     )  # fmt: skip
 
@@ -220,7 +231,7 @@ def _run(orders: Sequence[list[Work]], stages: Sequence[StageTime], *, split: bo
     return sorted(spans, key=lambda span: (span.start, span.device))
 
 
-def _ready(work: Work, ends: dict[Work, float], stages: Sequence[StageTime]) -> float | None:
+def _ready(work: Work, ends: Mapping[Work, float], stages: Sequence[StageTime]) -> float | None:
     """When all that ``work`` needs has arrived; None while that is not known."""
     kind, stage, microbatch = work
     if kind == "weights":
