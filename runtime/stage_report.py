@@ -53,8 +53,9 @@ class StageReport:
 
 
 def report_stages(
-    program: Program, source: str, *, shape: str | None, microbatches: int | None, device: str
-) -> StageReport:
+    program: Program, source: str, *, shape: str | None, microbatches: int | None, device: str,
+    cores: int | None = None,
+) -> StageReport:  # fmt: skip
     """The stages that ``partition`` left in ``program``.
 
     Args:
@@ -63,6 +64,7 @@ def report_stages(
         shape: sizes of a microbatch, ``batch=8,sequence=128``.
         microbatches: of a step; twice the stages by default.
         device: ``cpu``, ``a100``, ``h100``, or ``here``: this machine, measured.
+        cores: that devices share, where they are processes on one machine.
 
     Raises:
         UsageError: for a program without stages, a wrong shape, an unknown device.
@@ -78,16 +80,19 @@ def report_stages(
     count = 2 * len(stages) if microbatches is None else microbatches
     times = [cost.time_on(hardware) for cost in costs]
     return StageReport(source, device, sizes, count, costs, _crossing(stages),
-                       shared_parameters(stages), timelines(times, count))  # fmt: skip
+                       shared_parameters(stages), timelines(times, count, cores))  # fmt: skip
 
 
-def timelines(stages: Sequence[StageTime], microbatches: int) -> tuple[Timeline, ...]:
+def timelines(
+    stages: Sequence[StageTime], microbatches: int, cores: int | None = None
+) -> tuple[Timeline, ...]:
     """A timeline of every schedule that can run these stages.
 
     Args:
         stages: measured or predicted times; interleaved runs two on each device, on two or
             more devices.
         microbatches: 1 or more.
+        cores: that devices share; by default each has its own.
 
     Raises:
         UsageError: where no schedule can.
@@ -104,7 +109,7 @@ def timelines(stages: Sequence[StageTime], microbatches: int) -> tuple[Timeline,
         except UsageError as error:
             refused = error
         else:
-            found.append(simulate(schedule, stages, microbatches, devices))
+            found.append(simulate(schedule, stages, microbatches, devices, cores=cores))
     if refused is not None and not found:
         raise refused
     return tuple(found)

@@ -76,6 +76,26 @@ def test_every_piece_of_work_is_done_once_and_after_what_it_needs(
         assert all(a.end <= b.start + 1e-9 for a, b in itertools.pairwise(own))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(SCHEDULES), st.integers(2, 4), st.integers(1, 4), st.integers(1, 5),
+       st.data())  # fmt: skip
+def test_devices_on_shared_cores_take_what_their_work_takes(
+    schedule: Schedule, devices: int, rounds: int, cores: int, data: st.DataObject
+) -> None:
+    """One core does all work one after another; several take no less than their share of it."""
+    stages = [StageTime(data.draw(_times), b := data.draw(_times), b / 2) for _ in range(devices)]
+    own = simulate(schedule, stages, rounds * devices)
+    shared = simulate(schedule, stages, rounds * devices, cores=cores)
+    work = rounds * devices * sum(each.forward + each.backward for each in stages)
+    assert {(s.kind, s.stage, s.microbatch) for s in own.spans} == {
+        (s.kind, s.stage, s.microbatch) for s in shared.spans}  # fmt: skip
+    assert shared.seconds >= max(own.seconds, work / cores) * (1 - 1e-9)
+    if cores == 1:
+        assert shared.seconds == pytest.approx(work)
+    if cores >= devices:
+        assert shared == own
+
+
 def test_the_report_and_the_picture_of_a_program(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     program = Partition(stages=4)(tiny("gpt2")).program

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SUMMARY = ("ir", "layers", "shape", "selector")
 _SENSITIVITY = ("bits", "calib", "picture", "selector")
-_STAGES = ("shape", "microbatches", "picture", "device")
+_STAGES = ("shape", "microbatches", "picture", "device", "cores")
 _FOR = {"sensitivity": _SENSITIVITY, "stages": _STAGES}
 _WORDS = {"selector": "select"}
 
@@ -37,6 +37,8 @@ _WORDS = {"selector": "select"}
 @click.option("--microbatches", type=int, metavar="N", help="For --stages: of a step; twice the "
               "stages by default.")  # fmt: skip
 @click.option("--device", metavar="NAME", help="For --stages: cpu (default), a100, h100 or here.")
+@click.option("--cores", type=click.IntRange(min=1), metavar="N", help="For --stages: that the "
+              "devices share, where they are processes on one machine.")  # fmt: skip
 @click.option("--picture", metavar="FILE.png", help="A picture of what --sensitivity or --stages "
               "shows.")  # fmt: skip
 @task_option
@@ -111,7 +113,7 @@ def _sensitivity(
 
 def _stages(
     output: Output, model: str, how: dict[str, Any], *, shape: str | None,
-    microbatches: int | None, device: str | None, picture: str | None,
+    microbatches: int | None, device: str | None, cores: int | None, picture: str | None,
 ) -> None:  # fmt: skip
     from ftc.graph.sources import capture
     from ftc.runtime import stage_report
@@ -122,8 +124,9 @@ def _stages(
         check_picture(Path(picture))
     output.say(f"reading {model}")
     found = stage_report.report_stages(
-        capture(model, **how), model, shape=shape, microbatches=microbatches, device=device or "cpu"
-    )
+        capture(model, **how), model, shape=shape, microbatches=microbatches,
+        device=device or "cpu", cores=cores,
+    )  # fmt: skip
     if picture:
         stage_report.draw_timelines(found.timelines, Path(picture))
     output.show(found, render_stages)
