@@ -60,12 +60,12 @@ class LowRank(Pass):
         budget: keep this fraction of the products' weights together, in (0, 1], with
             more where it matters more.
         max_drift: the smallest budget whose relative drift on the probes is not above this.
-        of: what the budget counts: ``params``, ``bytes`` or ``operations``. Factors that are
-            slower than their product on the target, at the shapes that were named, are
-            used with ``bytes`` only.
+        of: what ``budget`` or ``max_drift`` counts: ``params``, ``bytes`` or
+            ``operations``. Factors that are slower than their product on the target, at the
+            shapes that were named, are used with ``bytes`` only.
         method: what the factors are best for: ``plain``, ``diagonal``, ``whitened`` or
-            ``fisher``; ``auto`` is ``fisher`` where there is calibration data or a
-            budget, ``plain`` elsewhere and for ``energy``.
+            ``fisher``; ``auto`` is ``plain`` for ``energy``, ``fisher`` otherwise, on
+            random inputs where there is no calibration data.
         damping: how far the data's metric is pulled towards the plain one, above 0;
             more is safer on texts unlike the calibration's.
         correct_bias: whether the bias of each factored product puts its mean output back
