@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,16 +20,19 @@ from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 
 from .engine import Engine
-from .past import past_of
+from .past import Ids, past_of
 from .text import pad
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Rows of tokens that were read, their mask, and where their keys and values are."""
+    """Rows of tokens that were read, their mask, and where their keys and values are.
 
-    rows: tuple[tuple[int, ...], ...] = ()
-    mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    The mask has columns of 1 behind those that were read, for the tokens to come.
+    """
+
+    rows: tuple[list[int], ...] = ()
+    mask: Ids = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     past: Any = None
 
 
@@ -50,6 +54,7 @@ class Decoder:
         self._run = past_of(engine) if is_cached(self._signature) else None
         self.limit = self.limit_of(engine.program)
         self._read = _Read()
+        self._seen = self._last = torch.empty(0)  # scores of the run before, and their last row
 
     @staticmethod
     def limit_of(program: Program) -> int | None:
@@ -69,24 +74,28 @@ class Decoder:
         """
         if self._run is None:
             return self._whole(rows)
+        length = max(map(len, rows))
         before = self._read if self._go_on(rows) else _Read()
         if before.rows:
-            new = [row[len(old) :] for row, old in zip(rows, before.rows, strict=True)]
-            ids = torch.tensor(new)
-            mask = torch.cat([before.mask, torch.ones_like(ids)], 1)
+            ids = np.array([row[len(old) :] for row, old in zip(rows, before.rows, strict=True)])
+            mask = before.mask
         else:
             self._read = before  # what is kept of another text is let go before the run
-            ids, mask = pad_left([torch.tensor(row) for row in rows])
-        scores, past = self._run(ids, mask, before.past)
-        self._read = _Read(tuple(map(tuple, rows)), mask, past)
-        return scores[:, -1]
+            ids, mask = (t.numpy() for t in pad_left([torch.tensor(row) for row in rows]))
+        if mask.shape[1] < length:
+            mask = np.pad(mask, ((0, 0), (0, length)), constant_values=1)
+        scores, past = self._run(ids, mask[:, :length], before.past)
+        self._read = _Read(tuple(map(list, rows)), mask, past)
+        if scores is not self._seen:
+            self._seen, self._last = scores, scores[:, -1]
+        return self._last
 
     def _go_on(self, rows: Sequence[Sequence[int]]) -> bool:
         old = self._read.rows
         if len(old) != len(rows) or len({len(r) - len(o) for r, o in zip(rows, old)}) != 1:  # noqa: B905
             return False
         pairs = zip(rows, old, strict=True)
-        return len(rows[0]) > len(old[0]) and all(tuple(r[: len(o)]) == o for r, o in pairs)
+        return len(rows[0]) > len(old[0]) and all(list(r[: len(o)]) == o for r, o in pairs)
 
     def _whole(self, rows: Sequence[Sequence[int]]) -> Tensor:
         if len({len(row) for row in rows}) > 1:

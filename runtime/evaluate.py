@@ -204,11 +204,11 @@ def _scored(
         yield logits[:, :-1], inputs["input_ids"][:, 1:]
         return
     ids, run, past = torch.tensor(batch), past_of(engine), None
-    mask = torch.ones_like(ids)
+    given, mask = ids.numpy(), torch.ones_like(ids).numpy()
     piece = 1 if signature.outputs[0].shape[1] == 1 else ids.shape[1] - 1
     for start in range(0, ids.shape[1] - 1, piece):
         end = start + piece
-        scores, past = run(ids[:, start:end], mask[:, :end], past)
+        scores, past = run(given[:, start:end], mask[:, :end], past)
         yield scores, ids[:, start + 1 : end + 1]
 
 

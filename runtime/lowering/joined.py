@@ -60,9 +60,9 @@ def remember(node: fx.Node, value: Any, translate: Any, args: Any, kwargs: Any) 
 
 
 def joined(e: Emitter, values: Sequence[Value]) -> Value | None:
-    """``values`` ``[..., n_i]`` beside each other, ``[..., sum n_i]``; None where that would cost.
+    """``values`` ``[..., n_i]`` beside each other, ``[..., sum n_i]``.
 
-    That is so where they are the parts of one value, or products of one input.
+    None but for the parts of one value and for products of one input, which cost less joined.
     """
     if (whole := _whole(e, values)) is not None:
         return whole
