@@ -6,9 +6,10 @@ between two cuts, and ``send(i)`` for what crosses at one::
 
     largest(k, j) = min over i of max(largest(k - 1, i), time(i, j) + send(i) + send(j))
 
-(the linear partition problem). Among the cuts within :data:`SLACK` of the best
-largest part those are taken at which the fewest bytes cross, by the same
-recursion with a sum, and of these the most even. Not every place is tried: of
+(the linear partition problem). The least that crosses is that of the narrowest cut
+whose largest part is within :data:`SLACK` of the best, by the same recursion with a
+sum; of all cuts at which no more crosses the one with the least largest part is taken,
+which is found by bisection. Not every place is tried: of
 places that lie within a sixty-fourth of a part of each other, only the narrowest.
 """
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from .errors import PreconditionError
 
 SLACK = 0.05
-_STEPS = 5
+_HALVES = 8  # of the slack: to a five-thousandth of a part
 _PLACES = 64  # a part
 
 
@@ -88,11 +89,14 @@ def balance(
         )
     crossing = torch.tensor([0, *line.crossing], dtype=torch.float64)[places]
     least, choices = _narrowest(crossing, wanted, refused, best * (1 + SLACK))
-    for step in range(_STEPS):  # the same traffic may be had with better balance
-        traffic, found = _narrowest(crossing, wanted, refused, best * (1 + SLACK * step / _STEPS))
+    low, high = 0.0, SLACK
+    for _ in range(_HALVES):  # the same traffic may be had with better balance
+        middle = (low + high) / 2
+        traffic, found = _narrowest(crossing, wanted, refused, best * (1 + middle))
         if traffic <= least:
-            choices = found
-            break
+            high, choices = middle, found
+        else:
+            low = middle
     ends, at = [], len(places) - 1
     for part in reversed(range(parts)):
         ends.append(int(places[at]))

@@ -78,6 +78,8 @@ def test_no_cut_has_a_smaller_largest_part_or_less_traffic(
     best = min(map(largest, legal))
     assert fits(found) and largest(found) <= best * (1 + SLACK)
     assert traffic(found) == min(traffic(e) for e in legal if largest(e) <= best * (1 + SLACK))
+    even = min(largest(e) for e in legal if traffic(e) <= traffic(found))
+    assert largest(found) <= even + best * SLACK / 2**8
 
 
 class Uneven(nn.Module):
