@@ -15,17 +15,18 @@ from ftc.graph.bundle import load_bundle, save_bundle
 from ftc.graph.cached import Names, run_in_pieces, token_limit
 from ftc.graph.errors import OrderError, PreconditionError, UsageError
 from ftc.graph.program import Program
+from ftc.graph.sources import capture
 from ftc.passes.cache import Cache
 from ftc.passes.pipeline import Pipeline
 from ftc.runtime.compile import compile_model
 from ftc.runtime.continuation import Asked, generate
-from ftc.runtime.engine import TorchEngine, open_engine
+from ftc.runtime.engine import OnnxEngine, TorchEngine, open_engine
 from ftc.runtime.generate import next_tokens
-from ftc.runtime.lower import lower
+from ftc.runtime.lower import lower, save_onnx
 from ftc.runtime.parity import parity
 from ftc.runtime.sampling import Sampler, Sampling
 from ftc.runtime.session import OnnxSession
-from ftc.tests.families import captured
+from ftc.tests.families import captured, family
 from ftc.tests.small import decoder, short_decoder
 from ftc.tests.tiny import tiny
 
@@ -57,6 +58,26 @@ def test_tokens_are_those_of_transformers(name):
                 do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0,
             )  # fmt: skip
         assert [step[number] for step in got] == wanted[0, len(row) :].tolist()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "falcon-alibi"])
+def test_two_hundred_tokens_are_those_of_transformers(name, tmp_path):
+    """Through the written file, past where buffers are copied into longer ones."""
+    short = family(name)
+    options = {key: 256 if "positions" in key or "position_e" in key else value
+               for key, value in short.options.items()}  # fmt: skip
+    model = replace(short, options=options).save(tmp_path)
+    program = Cache()(capture(tmp_path)).program
+    save_onnx(lower(program), tmp_path / "model.onnx")
+    (row,) = ids_of(7)
+    engine = OnnxEngine(program, tmp_path / "model.onnx", 1)
+    got = [token for (token,) in islice(next_tokens(engine, [row]), 200)]
+    with torch.no_grad():
+        wanted = model.generate(
+            torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.int64),
+            do_sample=False, max_new_tokens=200, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+    assert len(got) == 200 and got == wanted[0, len(row) :].tolist()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "falcon-alibi"])
