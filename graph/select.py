@@ -173,7 +173,7 @@ class _Selection:
         raise UsageError(
             f"{pattern!r} matches no weight",
             where=f"in the selector {self.text!r}",
-            fix=f"{nearest(pattern, known)} here: {_counts(self.structure)}"
+            fix=f"{nearest(pattern, known)}; this program has {_counts(self.structure)}"
             if plain
             else nearest(pattern, known),
         )

@@ -203,6 +203,8 @@ def test_a_bad_row_stops_before_training(
     assert not (tmp_path / "out").exists() and "Traceback" not in ran.err
     if "3 labels" not in message:
         assert f"{data}:49" in ran.err
+    given = config(place / "cls", place / "s.jsonl", "sequence-classification", tmp_path / "out")
+    assert train(dataclasses.replace(given, steps=1)).steps == 1, "what was refused blocks nothing"
 
 
 def test_an_unknown_label_in_the_evaluation_is_named(place: Path, tmp_path: Path) -> None:
@@ -293,3 +295,14 @@ def test_half_of_the_pairs_follow(place: Path) -> None:
 def test_objectives_are_written_as_they_are_read() -> None:
     for name in OBJECTIVES:
         assert parse_objective(parse_objective(name).spec) == parse_objective(name)
+
+
+def test_labels_that_no_row_has_are_noted(place: Path, tmp_path: Path) -> None:
+    rows = [{"text": "the cat runs", "label": str(i % 2)} for i in range(8)]
+    data = tmp_path / "two.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    for labels, noted in ((3, True), (2, False)):
+        given = config(place / "mlm", data, "sequence-classification", tmp_path / str(labels),
+                       steps=1, passes=f"head{{labels={labels}}}")  # fmt: skip
+        notes = train(given).notes
+        assert noted == any("1 of the program's 3 labels" in note for note in notes)

@@ -172,7 +172,7 @@ def test_an_interrupt_saves_first(
 
 def test_a_run_that_is_there_is_not_overwritten(folder: Path) -> None:
     (folder / "there.run").mkdir()
-    (folder / "there.run" / "train.toml").write_text(_config(folder, "there").to_toml())
+    (folder / "there.run" / "data.json").write_text("{}")
     with pytest.raises(UsageError, match="did not end"):
         train(_config(folder, "there"))
 

@@ -13,6 +13,7 @@ from ftc.graph.errors import UsageError
 from ftc.runtime.predict import labels as model_labels
 
 from .config import TrainConfig
+from .data.encoder import IGNORED
 from .data.order import generator
 from .data.rows import Row, read_rows
 from .data.table import Examples, Table, cached
@@ -95,10 +96,21 @@ class _Source:
         table = self.objective.arrange(encoded, scene)
         source = "from the cache" if hit else "encoded"
         self.notes.append(f"{path.name}: {len(table):,} examples, {source}")
+        self._note_missing(table, scene)
         if self.objective.cuts and (full := _filling(table, scene.encoder.length)):
             self.notes.append(f"{full:,} of them fill all {scene.encoder.length} tokens of a row: "
                               "what such a text has beyond that was left out")  # fmt: skip
         return table, scene
+
+    def _note_missing(self, table: Table, scene: Scene) -> None:
+        """Says where the program tells labels that no row has."""
+        column = table.columns.get("label") or table.columns.get("labels")
+        width = _width(self.objective, scene)
+        if width is None or column is None:
+            return
+        found = len({*column.values.tolist()} - {IGNORED})
+        if found < width:
+            self.notes.append(f"{width - found} of the program's {width} labels are in no row")
 
     def _encode(self, path: Path, scene: Scene, known: tuple[str, ...]) -> Table:
         rows = read_rows(path, self.config.columns_map())[: self.config.limit]

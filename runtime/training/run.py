@@ -42,6 +42,7 @@ from .picture import draw_loss
 from .progress import Bar
 from .report import TrainReport, recorded
 from .start import (
+    CHECKPOINTS,
     CONFIG,
     PROGRAM,
     Say,
@@ -56,8 +57,7 @@ from .start import (
 )
 from .trainer import LAST, Options, Trainer
 
-CHECKPOINTS, LOG = "checkpoints", "metrics.jsonl"
-REPORT, PICTURE, MODEL_CONFIG = "train.json", "loss.png", "config.json"
+LOG, REPORT, PICTURE, MODEL_CONFIG = "metrics.jsonl", "train.json", "loss.png", "config.json"
 Metrics = Mapping[str, float]
 
 

@@ -30,6 +30,7 @@ from .modules import in_mode, move
 from .objectives.base import Objective, Tensors, hidden_name
 
 PROGRAM, CONFIG, DATA = "program", "train.toml", "data.json"
+CHECKPOINTS = "checkpoints"
 _FREE = {"out", "threads", "log_every", "tensorboard", "save_every", "trust", "mesh", "pipeline",
          "microbatches", "timeout"}  # fmt: skip
 """Keys that may differ when a run is resumed: they do not change its weights, beyond rounding."""
@@ -68,9 +69,14 @@ def check_start(config: TrainConfig, force: bool) -> None:
     """
     folder = run_folder(config)
     check_output(Path(config.out).expanduser().resolve(), force=force)
-    if (folder / CONFIG).exists() and not force:
+    if _is_run(folder) and not force:
         raise UsageError(f"{folder} holds a run that did not end",
                          fix="--resume goes on with it, --force starts again")  # fmt: skip
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run came as far as its data: what was refused before leaves nothing to lose."""
+    return any((folder / name).exists() for name in (DATA, CHECKPOINTS))
 
 
 def learning(config: TrainConfig, say: Say) -> Program:
@@ -97,7 +103,7 @@ def fresh(config: TrainConfig, force: bool, say: Say) -> Program:
     shutil.rmtree(folder, ignore_errors=True)
     say("saving the start of the run")
     save_bundle(program, folder / PROGRAM)
-    _write(folder / CONFIG, config.to_toml())  # last: from here on there is a run
+    _write(folder / CONFIG, config.to_toml())
     del program
     release()
     return load_bundle(folder / PROGRAM)
@@ -110,7 +116,7 @@ def resumed(config: TrainConfig) -> Program | None:
         UsageError: when the run had other options.
     """
     folder = run_folder(config)
-    if not (folder / CONFIG).is_file() or not is_bundle(folder / PROGRAM):
+    if not (_is_run(folder) and (folder / CONFIG).is_file() and is_bundle(folder / PROGRAM)):
         return None
     before = TrainConfig.of(read_config(folder / CONFIG), str(folder / CONFIG))
     for key in (k for k in vars(config) if k not in _FREE):

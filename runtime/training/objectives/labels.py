@@ -45,7 +45,8 @@ class Classification(Objective):
         if found is None or found[1] < 2:
             number = " (or learn the number that it gives: --objective regression)" * bool(found)
             raise refused(self, program, "a row of scores for each text",
-                          f"add a head with a pass: --passes head{{labels=3}}{number}")  # fmt: skip
+                          "add a head with as many labels as the data has, for two: --passes "
+                          f"head{{labels=2}}{number}")  # fmt: skip
 
     def labels(self, rows: Sequence[Row], known: tuple[str, ...]) -> tuple[str, ...]:
         """The model's own names, or those in the data, in order."""
