@@ -124,6 +124,12 @@ class Program:
         chosen = frozenset(names)
         return chosen.union(*(tied for tied in self.ties if tied & chosen))
 
+    def lost_ties(self) -> tuple[frozenset[str], ...]:
+        """Ties of which no name exists any more, whole or quantized."""
+        names = {name for name, _ in self.tensors()}
+        return tuple(tie for tie in self.ties
+                     if names.isdisjoint(tie | {f"{name}.quantized" for name in tie}))  # fmt: skip
+
     def __call__(
         self, inputs: Mapping[str, Tensor] | None = None, **more: Tensor
     ) -> dict[str, Tensor]:

@@ -244,7 +244,7 @@ class Rewriter:
         self._mode = mode
 
     def finish(self) -> None:
-        """Drops dead nodes and tensors nobody reads, checks the graph, and compiles it."""
+        """Drops dead nodes, tensors nobody reads and their ties, and compiles the graph."""
         for node in reversed(self.graph.nodes):
             if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
                 self.graph.erase_node(node)
@@ -252,6 +252,10 @@ class Rewriter:
         for name, _ in list(self.program.tensors()):
             if name not in read:
                 detach(self.module, name)
+        lost = self.program.lost_ties()
+        self.program = dataclasses.replace(
+            self.program, ties=tuple(tie for tie in self.program.ties if tie not in lost)
+        )
         self.graph.lint()
         self.module.recompile()
 

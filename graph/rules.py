@@ -229,10 +229,8 @@ def dtypes(view: View) -> Iterator[Breach]:
 
 def ties(view: View) -> Iterator[Breach]:
     """Of tied names at least one exists."""
-    for names in view.program.ties:
-        if not any(n in view.tensors or f"{n}.quantized" in view.tensors for n in names):
-            yield Breach(f"none of {sorted(names)} exists",
-                         "drop the tie together with its tensor")  # fmt: skip
+    for names in view.program.lost_ties():
+        yield Breach(f"none of {sorted(names)} exists", "drop the tie together with its tensor")
 
 
 def quantized(view: View) -> Iterator[Breach]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,10 @@ def _words(found: object) -> list[str]:
     if isinstance(found, list):
         return [w for v in found for w in _words(v)]
     return [found] if isinstance(found, str) and found.startswith("label ") else []
+
+
+def test_a_tie_of_the_old_head_goes_with_it() -> None:
+    program = tiny("bert")
+    pooler = next(name for name, _ in program.tensors() if name.endswith("pooler.dense.bias"))
+    before = replace(program, ties=(frozenset({pooler, "another.name"}),))
+    assert Head(labels=3)(before).program.ties == ()
