@@ -249,5 +249,5 @@ class Pass(ABC):
         raise BudgetError(
             f"{self.spec} drifts by {drift.relative:.3g}, beyond the budget of {ctx.max_drift:g}",
             where=f"most of it at {step}" if step else None,
-            fix=f"raise the budget, or {milder}",
+            fix=f"raise --max-drift, or {milder}",
         )

@@ -143,7 +143,7 @@ class LowRank(Pass):
     def milder(self, bound: float) -> str:
         """Let the drift be what is asked for."""
         searching = LowRank(max_drift=bound, damping=self.damping, select=self.select)
-        return f"let {searching.spec} find the smallest that keeps it"
+        return f"cut less, or let {searching.spec} look for a cut that keeps it"
 
     def requires(self, program: Program) -> None:
         """A rank beyond a selected weight's full rank is refused."""

@@ -20,7 +20,7 @@ def check_share(
     Args:
         given: the pass, whose field it is.
         option: the field's name.
-        usual: what the fix shows, unless a percentage was meant.
+        usual: what the fix shows, unless a percentage was meant, not far below it.
         interval: of the numbers that are legal.
 
     Raises:
@@ -31,7 +31,7 @@ def check_share(
         return
     if (share == 0 and interval[0] == "[") or (share == 1 and interval[-1] == "]"):
         return
-    meant = share / 100 if 1 < share < 100 else usual
+    meant = share / 100 if 10 * usual <= share < 100 else usual
     fixed = copy(given)
     object.__setattr__(fixed, option, meant)  # what else may be wrong is not checked here
     raise UsageError(

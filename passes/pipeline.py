@@ -217,5 +217,5 @@ def _over_budget(
         f"the pipeline drifts by {drift.relative:.3g}, beyond the budget of {ctx.max_drift:g}; "
         f"{worst.spec} drifts most, by {_relative(after):.3g}",
         where=f"most of it at {step}" if step else None,
-        fix="raise the budget, or choose milder options of that pass",
+        fix="raise --max-drift, or choose milder options of that pass",
     )

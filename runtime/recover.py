@@ -111,14 +111,16 @@ def recover(
         progress: told the loss now and then.
 
     Raises:
-        PreconditionError: without calibration data.
+        PreconditionError: without calibration data, or where nothing was factored.
     """
     if not ctx.calibration:
         raise PreconditionError("recovery learns from calibration data, and there is none",
                                 fix="give some with --calib")  # fmt: skip
     names = _factors(program)
     if not names:
-        return program
+        raise PreconditionError("recovery trains factors, and lowrank made none",
+                                fix="ask for a larger cut, such as lowrank{budget=0.8}, "
+                                "or leave --recover out")  # fmt: skip
     start = time.perf_counter()
     student = _trainable(program, names)
     batches = pieces(original.signature, ctx.calibration, _TOKENS)

@@ -316,7 +316,7 @@ def test_too_much_drift_leads_to_the_search_for_the_drift():
     with pytest.raises(BudgetError) as caught:
         run("lowrank{ratio=0.3,select=product}", program, max_drift=0.2)
     assert "--sensitivity" not in caught.value.fix
-    asked = caught.value.fix.partition("let ")[2].partition(" find")[0]
+    asked = caught.value.fix.partition("let ")[2].partition(" look")[0]
     assert asked == "lowrank{max_drift=0.2,select=product}"
     assert run(asked, program, max_drift=0.2).record.drift.relative <= 0.2
 
@@ -366,6 +366,7 @@ def test_bad_options_are_refused(spec, word):
         ("lowrank{ratio=55}", "lowrank{ratio=0.55}"),
         ("lowrank{energy=99}", "lowrank{energy=0.99}"),
         ("lowrank{energy=-3}", "lowrank{energy=0.9}"),
+        ("lowrank{energy=2}", "lowrank{energy=0.9}"),
         ("lowrank{budget=150}", "lowrank{budget=0.8}"),
         ("lora{dropout=10}", "lora{dropout=0.1}"),
         ("int8{max_drift=2}", "int8{max_drift=0.02}"),

@@ -83,4 +83,5 @@ def test_what_cannot_be_done_is_refused():
         recovering(Pipeline.parse("lowrank"), 0)
     with pytest.raises(PreconditionError, match="calibration"):
         recover(thin, program, Context.for_program(program), 5)
-    assert recover(program, program, ctx, 5) is program
+    with pytest.raises(PreconditionError, match="lowrank made none"):
+        recover(program, program, ctx, 5)
