@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_SHOWN = 3
-
 
 def plural(number: int, noun: str, many: str | None = None) -> str:
     """``number`` of what ``noun`` names; ``many`` is its plural where that is not ``noun`` + s."""
     return f"{number:,} {noun if number == 1 else many or noun + 's'}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first of ``names``, and how many more."""
-    shown = ", ".join(names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first of ``names``, as many as ``most``, and how many more."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"

@@ -180,6 +180,36 @@ def test_prefixes_and_prompts(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(program(inputs)["logits"], wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])
+def test_a_classifier_goes_with_its_prefix_or_prompt_both_ways(kind: str, tmp_path: Path) -> None:
+    source = make("classifier", tmp_path / "model")
+    options = {"task_type": "SEQ_CLS", "num_virtual_tokens": 4}
+    named = {"PREFIX_TUNING": peft.PrefixTuningConfig, "PROMPT_TUNING": peft.PromptTuningConfig}
+    model = peft.get_peft_model(theirs("classifier", source), named[kind](**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "peft")
+    program = load_peft(capture(source), tmp_path / "peft")
+    assert not torch.equal(program.tensor("classifier.weight"),
+                           capture(source).tensor("classifier.weight"))  # fmt: skip
+    back = save_peft(program, tmp_path / "again")
+    inputs = program.signature.probe(seed=3, batch=2, sequence=7)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    again = peft.PeftModel.from_pretrained(theirs("classifier", source), back)
+    for each in (model.eval(), again.eval()):
+        with torch.no_grad():
+            torch.testing.assert_close(program(inputs)["logits"], each(**inputs).logits, **CLOSE)
+
+
+def test_biases_of_a_saved_module_are_read_once(tmp_path: Path) -> None:
+    source = make("classifier", tmp_path / "model")
+    options = {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}
+    model = trained_by_peft("classifier", theirs("classifier", source), options, tmp_path / "peft")
+    agree(load_peft(capture(source), tmp_path / "peft"), model)
+
+
 def test_adapters_of_a_float_model_run_on_a_quantized_one(tmp_path: Path) -> None:
     source = make("bert", tmp_path / "model")
     trained_by_peft("bert", theirs("bert", source), CASES["bert"], tmp_path / "peft")

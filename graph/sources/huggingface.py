@@ -260,7 +260,7 @@ def check_missing(loaded: Loaded, read: frozenset[str], where: str) -> None:
     random = sorted(loaded.missing & read)
     if random:
         raise SourceError(
-            f"the weights have nothing for {listed(random)}, which {loaded.task} needs",
+            f"the weights have nothing for {listed(random, 4)}, which {loaded.task} needs",
             where=where,
             fix=f"choose --task {FEATURES}, or a model that was trained for {loaded.task}"
             if loaded.task != FEATURES

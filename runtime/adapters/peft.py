@@ -29,9 +29,11 @@ from ftc.passes.prompt import Prompt
 from . import peft_lora
 from .files import put
 from .folder import read_head, read_tensors, write
+from .peft_whole import head_to_peft, whole_from_peft, whole_to_peft
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _EMBEDDINGS = "prompt_embeddings"
+_PREFIX = "base_model."
 _TASKS = {
     "causal-lm": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
@@ -106,7 +108,7 @@ def _prefix_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "num_transformer_submodules": 1,
         "encoder_hidden_size": heads * dim,
         "prefix_projection": False,
-    }, {_EMBEDDINGS: flat}
+    }, {_EMBEDDINGS: flat} | _beside(program)
 
 
 def _prompt_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -120,7 +122,7 @@ def _prompt_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "num_layers": len(cores),
         "num_transformer_submodules": 1,
         "prompt_tuning_init": "RANDOM",
-    }, {_EMBEDDINGS: embeddings}
+    }, {_EMBEDDINGS: embeddings} | _beside(program)
 
 
 def _prefix_from(
@@ -128,7 +130,7 @@ def _prefix_from(
 ) -> Program:
     flat = tensors[_EMBEDDINGS]
     program = Pipeline((Prefix(tokens=flat.shape[0]),)).run(program).program
-    return put(program, prefix_from_peft(program, flat))
+    return put(program, prefix_from_peft(program, flat) | _whole(program, tensors))
 
 
 def _prompt_from(
@@ -136,7 +138,21 @@ def _prompt_from(
 ) -> Program:
     embeddings = tensors[_EMBEDDINGS]
     program = Pipeline((Prompt(tokens=embeddings.shape[0]),)).run(program).program
-    return put(program, {prompt_name(program): embeddings})
+    return put(program, {prompt_name(program): embeddings} | _whole(program, tensors))
+
+
+def _beside(program: Program) -> dict[str, Tensor]:
+    """What is kept whole beside a prefix or a prompt, by PEFT's names."""
+    whole = head_to_peft(program) | whole_to_peft(program)
+    return {_PREFIX + name: tensor for name, tensor in whole.items()}
+
+
+def _whole(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, back from PEFT's names, as far as it differs from the program's."""
+    return whole_from_peft(program, {
+        name.removeprefix(_PREFIX): tensor
+        for name, tensor in tensors.items() if name.startswith(_PREFIX)
+    })  # fmt: skip
 
 
 _TO = {"lora": peft_lora.to_peft, "prefix": _prefix_to, "prompt": _prompt_to}

@@ -15,10 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ftc.graph.adapters import LORA_A, LORA_B, LoraAdapter, adapter_kind, lora_adapters
+from ftc.graph.adapters import LORA_A, LORA_B, LoraAdapter, lora_adapters
 from ftc.graph.errors import PreconditionError, UsageError, nearest
 from ftc.graph.program import Program
 from ftc.graph.provenance import provenance
@@ -29,7 +28,8 @@ from ftc.passes.lora_sites import LoraSite, lora_sites
 from ftc.passes.pipeline import Pipeline
 from ftc.passes.text import parse_pass
 
-from .files import makers, put, trained_parts
+from .files import makers, put
+from .peft_whole import whole_from_peft, whole_to_peft
 from .selecting import selector
 
 PREFIX = "base_model.model."
@@ -54,7 +54,7 @@ def to_peft(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
     ranks = {modules[w]: program.tensor(each.a).shape[0] for w, each in adapters.items()}
     alphas = {modules[w]: _whole(e.scale * ranks[modules[w]]) for w, e in adapters.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-    whole = _trained_whole(program)
+    whole = whole_to_peft(program)
     tensors.update({PREFIX + name: tensor for name, tensor in whole.items()})
     return {
         "peft_type": "LORA",
@@ -80,22 +80,6 @@ def _module(program: Program, adapter: LoraAdapter) -> str:
             fix="save it in ftc's own format: save_adapters",
         )
     return name.removesuffix(".weight")
-
-
-def _trained_whole(program: Program) -> dict[str, Tensor]:
-    """Parameters that train besides adapters, with the rest of their modules."""
-    trained = {n: t for n, t in trained_parts(program).items() if not adapter_kind(n)}
-    if made := sorted(makers(program, trained)):
-        raise UsageError(
-            f"PEFT's model has no place for what {made[0]} added: {', '.join(sorted(trained))}",
-            fix="save it in ftc's own format: save_adapters",
-        )
-    modules = {name.rpartition(".")[0] for name in trained}
-    return {
-        name: parameter.detach()
-        for name, parameter in program.module.named_parameters()
-        if name.rpartition(".")[0] in modules and not adapter_kind(name)
-    }
 
 
 def _is_pissa(program: Program) -> bool:
@@ -139,22 +123,8 @@ def from_peft(
         Lora(rank, alpha, dropout, selector(program, sites, chosen), init, "none")
         for (rank, alpha), chosen in wanted.items()
     )
-    values |= _changed(program, {rename(name): tensor for name, tensor in whole.items()})
+    values |= whole_from_peft(program, {rename(name): tensor for name, tensor in whole.items()})
     return put(Pipeline(passes).run(program).program, values)
-
-
-def _changed(program: Program, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What was trained whole, by the names that the graph reads.
-
-    PEFT also stores some weights that were not trained (embeddings beside an adapted head).
-    """
-    held = dict(program.module.named_parameters())
-    found = {}
-    for name, tensor in whole.items():
-        own = next(iter(program.with_ties({name}) & held.keys()), name)
-        if own not in held or not torch.equal(held[own].detach(), tensor.to(held[own].dtype)):
-            found[own] = tensor
-    return found
 
 
 def _check(config: Mapping[str, Any]) -> None:
