@@ -244,20 +244,24 @@ class Rewriter:
         self._mode = mode
 
     def finish(self) -> None:
-        """Drops dead nodes, tensors nobody reads and their ties, and compiles the graph."""
+        """Drops what is dead, checks the graph, and compiles it."""
+        self.drop_unread()
+        self.graph.lint()
+        self.module.recompile()
+
+    def drop_unread(self) -> None:
+        """Drops dead nodes, tensors nobody reads, whose names are free then, and their ties."""
         for node in reversed(self.graph.nodes):
             if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
                 self.graph.erase_node(node)
         read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         for name, _ in list(self.program.tensors()):
             if name not in read:
-                detach(self.module, name)
+                self.remove_tensor(name)
         lost = self.program.lost_ties()
         self.program = dataclasses.replace(
             self.program, ties=tuple(tie for tie in self.program.ties if tie not in lost)
         )
-        self.graph.lint()
-        self.module.recompile()
 
     def _add(self, name: str, tensor: Tensor) -> fx.Node:
         assert name not in self._names, f"{name} exists"

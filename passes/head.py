@@ -82,7 +82,8 @@ class Head(Pass):
             )
         pooled = self._pooled(rw, states)
         rw.set_outputs([pooled])
-        _forget_unread(rw)
+        drop_dead(rw)
+        rw.drop_unread()  # the old head's names are free for the new one's
         logits = self._classified(rw, pooled, ctx.seed)
         rw.set_outputs([logits])
         signature = rw.program.signature
@@ -148,12 +149,3 @@ def _is_causal(rw: Rewriter) -> bool:
     sequence = find_sequence(rw)
     cores = Flow(rw.program).cores.values()
     return sequence is not None and sees_ahead(rw.program, sequence, cores) is None
-
-
-def _forget_unread(rw: Rewriter) -> None:
-    """Drops the old head, so that its names are free for the new one."""
-    drop_dead(rw)
-    read = {str(n.target) for n in rw.graph.nodes if n.op == "get_attr"}
-    for name, _ in list(rw.program.tensors()):
-        if name not in read:
-            rw.remove_tensor(name)

@@ -138,7 +138,7 @@ def count(number: float | None) -> str:
     for size, prefix in _PREFIXES:
         if number >= 0.9995 * size:  # what rounds up to 1,000 of the next smaller
             return f"{_three(number / size)} {prefix}"
-    return f"{number:g}" if number == int(number) else f"{number:.3g}"
+    return f"{number:.3g}" if number % 1 else f"{number:g}"
 
 
 def megabytes(size: float) -> str:

@@ -108,7 +108,7 @@ class _Source:
         width = _width(self.objective, scene)
         if width is None or column is None:
             return
-        found = len({*column.values.tolist()} - {IGNORED})
+        found = int((column.values.unique() != IGNORED).sum())
         if found < width:
             self.notes.append(f"{width - found} of the program's {width} labels are in no row")
 

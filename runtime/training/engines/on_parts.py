@@ -24,7 +24,7 @@ from ftc.runtime.training.modules import mostly
 from ftc.runtime.training.objectives.base import Batch
 
 from .arrange import Arranged
-from .shards import forget, keep, local, scale_to, whole_of
+from .shards import forget, keep, local, scale_to, whole_of, wholes
 from .world import World
 
 
@@ -102,11 +102,7 @@ class OnParts:
 
     def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors, as the run's program stores them."""
-        gathered = {}
-        for name, tensor in tensors.items():
-            whole = self._whole(name, tensor)
-            if self.world.speaks:  # the others dropped it
-                gathered[name] = whole
+        gathered = wholes(tensors, here=self.world.speaks, gather=self._whole)
         return self._inner.collect(gathered)
 
     def part(self, name: str, whole: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -41,16 +41,20 @@ def forget(tensors: Iterable[Tensor], device: torch.device | None = None) -> Non
         tensor.data = tensor.data.new_zeros((), device=device).expand(tensor.shape)
 
 
-def wholes(tensors: Mapping[str, Tensor], *, here: bool) -> dict[str, Tensor]:
+def wholes(
+    tensors: Mapping[str, Tensor], *, here: bool,
+    gather: Callable[[str, Tensor], Tensor] = lambda _, tensor: whole_of(tensor),
+) -> dict[str, Tensor]:  # fmt: skip
     """Whole tensors, gathered one after another; every process that has a part calls it.
 
     Args:
         tensors: parts, by name.
         here: whether this process is to have them; else each is dropped at once.
+        gather: the whole of a part, by its name.
     """
     found = {}
     for name, tensor in tensors.items():
-        whole = whole_of(tensor)
+        whole = gather(name, tensor)
         if here:
             found[name] = whole
     return found
