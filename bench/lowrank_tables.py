@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lowrank import Model
+from lowrank_judge import Model
 from tell import say
 
 from ftc.graph.cost import cost
