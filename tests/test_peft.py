@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from ftc.graph.errors import BundleError, FtcError, PreconditionError, UsageErro
 from ftc.graph.program import Program
 from ftc.graph.sources import capture
 from ftc.passes.pipeline import Pipeline
-from ftc.runtime.adapters import load_peft, save_peft
+from ftc.runtime.adapters import load_adapters, load_peft, save_adapters, save_peft
 from ftc.tests.test_lora import drift, randomize
 
 peft = pytest.importorskip("peft")
@@ -210,10 +211,67 @@ def test_biases_of_a_saved_module_are_read_once(tmp_path: Path) -> None:
     agree(load_peft(capture(source), tmp_path / "peft"), model)
 
 
+STILL = "smooth{alpha=none},rotate{gain=none}"
+MOVING = {
+    "smooth": "smooth",
+    "rotate": "smooth{alpha=none},rotate{gain=1}",
+    "awq": "awq{group_size=8}",
+    "int8": "int8{min_size=0}",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, dict[str, Path]]:
+    """A small Llama, and folders of PEFT's with a prompt, a prefix and low-rank adapters for it."""
+    place = tmp_path_factory.mktemp("llama")
+    source = make("llama", place / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"target_modules": ["lm_head", "q_proj", "gate_proj", "down_proj"]}
+        trained_by_peft("llama", theirs("llama", source), options, place / "lora")
+    program = capture(source)
+    for kind in ("prompt", "prefix"):
+        made = Pipeline.parse(f"{kind}{{tokens=5}}").run(program).program
+        save_peft(randomize(made), place / kind)
+    return program, {kind: place / kind for kind in ("lora", "prefix", "prompt")}
+
+
+@pytest.mark.parametrize("passes", MOVING.values(), ids=MOVING)
+def test_a_base_whose_channels_moved_is_refused_and_the_fix_is_right(
+    passes: str, trained: tuple[Program, dict[str, Path]], tmp_path: Path
+) -> None:
+    program, folders = trained
+    base = Pipeline.parse(passes).run(program).program
+    for kind in ("lora", "prefix"):
+        with pytest.raises(PreconditionError, match="changed the channels") as caught:
+            load_peft(base, folders[kind])
+        (given,) = re.findall(r"parse\('(.*)'\)", str(caught.value.fix))
+        adapted = load_peft(program, folders[kind])
+        after = Pipeline.parse(given).run(adapted).program
+        assert drift(adapted, after) < (0.05 if "int8" in passes else 1e-5)
+    own = randomize(Pipeline.parse("lora").run(base).program)
+    with pytest.raises(PreconditionError, match="changed the channels"):
+        save_peft(own, tmp_path / "peft")
+    again = load_adapters(base, save_adapters(own, tmp_path / "own"))
+    assert drift(own, again) == 0
+    with pytest.raises(PreconditionError, match="another base"):
+        load_adapters(program, tmp_path / "own")
+
+
+@pytest.mark.parametrize("passes", list(MOVING.values())[:3], ids=list(MOVING)[:3])
+def test_a_soft_prompt_meets_nothing_that_moved(
+    passes: str, trained: tuple[Program, dict[str, Path]], tmp_path: Path
+) -> None:
+    program, folders = trained
+    base = load_peft(Pipeline.parse(passes).run(program).program, folders["prompt"])
+    assert drift(load_peft(program, folders["prompt"]), base) < 1e-5
+    save_peft(base, tmp_path / "again")
+
+
 def test_adapters_of_a_float_model_run_on_a_quantized_one(tmp_path: Path) -> None:
     source = make("bert", tmp_path / "model")
     trained_by_peft("bert", theirs("bert", source), CASES["bert"], tmp_path / "peft")
-    base = Pipeline.parse("int8{min_size=0}").run(capture(source)).program
+    base = Pipeline.parse(f"{STILL},int8{{min_size=0}}").run(capture(source)).program
     program = load_peft(base, tmp_path / "peft")
     assert len(lora_adapters(program)) == 4
     assert drift(base, program) > 1e-4

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ftc.graph.adapters import adapter_kind, adapter_parameters
-from ftc.graph.errors import BundleError, UsageError
+from ftc.graph.errors import BundleError, PreconditionError, UsageError
 from ftc.graph.peft_layout import (
     prefix_from_peft,
     prefix_names,
@@ -34,6 +34,7 @@ from .peft_whole import head_to_peft, whole_from_peft, whole_to_peft
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _EMBEDDINGS = "prompt_embeddings"
 _PREFIX = "base_model."
+_MOVING = frozenset({"smooth", "rotate", "awq"})  # outputs stay, channels inside do not
 _TASKS = {
     "causal-lm": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
@@ -55,6 +56,7 @@ def save_peft(
 
     Raises:
         UsageError: for a program without adapters, or with some that PEFT has no place for.
+        PreconditionError: for a program whose channels ``smooth``, ``rotate`` or ``awq`` moved.
     """
     kinds = {adapter_kind(name) for name in adapter_parameters(program)}
     if len(kinds) != 1:
@@ -63,6 +65,11 @@ def save_peft(
                          fix="save them in ftc's own format: save_adapters")  # fmt: skip
     (kind,) = kinds
     config, tensors = _TO[str(kind)](program)
+    if moved := _moved(program, str(config["peft_type"]), tensors):
+        raise PreconditionError(
+            f"{moved} changed the channels that these adapters read, and PEFT's model has the old",
+            fix="save the adapters before these passes run, or in ftc's own format: save_adapters",
+        )
     shared = {
         "task_type": _TASKS.get(program.signature.task),
         "base_model_name_or_path": base,
@@ -75,13 +82,15 @@ def load_peft(program: Program, folder: str | Path) -> Program:
     """``program`` with the adapters of a folder that PEFT wrote.
 
     Args:
-        program: the model that they were trained on, in floats or quantized; not changed.
+        program: the model that they were trained on, in floats, or quantized without ``smooth``,
+            ``rotate`` and ``awq``; not changed.
         folder: with ``adapter_config.json``.
 
     Raises:
         BundleError: for a folder that is damaged, or holds a pickle.
         UsageError: for a kind of adapter that ftc has not.
-        PreconditionError: when they do not fit the program.
+        PreconditionError: when they do not fit the program, or ``smooth``, ``rotate`` or ``awq``
+            moved the channels that they read.
     """
     place, config = read_head(folder, CONFIG)
     kind = str(config.get("peft_type"))
@@ -89,10 +98,30 @@ def load_peft(program: Program, folder: str | Path) -> Program:
         raise UsageError(f"ftc has no adapters of the type {kind}", where=str(place / CONFIG),
                          fix=f"it has {', '.join(sorted(_FROM))}")  # fmt: skip
     tensors = read_tensors(place / TENSORS)
+    if moved := _moved(program, kind, tensors):
+        passes = ",".join(record.spec for record in program.history)
+        raise PreconditionError(
+            f"{moved} changed the channels that these adapters were trained on",
+            where=str(place),
+            fix="load the adapters on the model as captured, and quantize then: "
+            f'program = load_peft(capture(MODEL), "{folder}"); '
+            f"Pipeline.parse({passes!r}).run(program)",
+        )
     try:
         return _FROM[kind](program, config, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{place} is malformed: {error!r}", fix="save it again") from None
+
+
+def _moved(program: Program, kind: str, tensors: Mapping[str, Tensor]) -> str:
+    """The passes of ``program`` that scaled or rotated what these tensors meet, in words.
+
+    Embeddings are as they were: a soft prompt alone meets nothing that moved.
+    """
+    if kind == "PROMPT_TUNING" and tensors.keys() == {_EMBEDDINGS}:
+        return ""
+    done = dict.fromkeys(r.name for r in program.history if r.modified and r.name in _MOVING)
+    return " and ".join(done)
 
 
 def _prefix_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
