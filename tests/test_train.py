@@ -25,7 +25,7 @@ from ftc.runtime.training.objectives import OBJECTIVES, Scene, parse_objective
 from ftc.runtime.training.run import train
 
 from .conftest import Command
-from .small import SPECIAL, decoder, encoder
+from .small import SPECIAL, WORDS, decoder, encoder
 from .training import config, prose, sentences
 
 MASK = SPECIAL.index("[MASK]")
@@ -215,6 +215,31 @@ def test_an_unknown_label_in_the_evaluation_is_named(place: Path, tmp_path: Path
     with pytest.raises(UsageError, match="did you mean pos") as caught:
         train(given)
     assert f"{other}:1" in str(caught.value)
+
+
+def test_words_are_learned_under_the_names_that_the_model_has(tmp_path: Path) -> None:
+    import transformers
+
+    names = {0: "O", 1: "PER", 2: "LOC"}
+    head = "BertForTokenClassification"
+    source = encoder(tmp_path / "model", head, id2label=names, num_labels=3)
+    words, labels = ["the", "cat", "runs", "on"], ["O", "PER", "O", "LOC"]
+    data = tmp_path / "w.jsonl"
+    data.write_text(json.dumps({"words": words, "labels": labels}) + "\n")
+    given = config(source, data, "token-classification", tmp_path / "out", steps=0)
+    ids = torch.tensor([[len(SPECIAL) + WORDS.index(word) for word in words]])
+    targets = torch.tensor([list(names.values()).index(label) for label in labels])
+    with torch.no_grad():
+        scores = getattr(transformers, head).from_pretrained(source).eval()(ids).logits[0]
+    before = train(given).before
+    assert before is not None
+    assert before["loss"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(scores, targets)), rel=1e-4
+    )
+    data.write_text(json.dumps({"words": words, "labels": ["O", "PERS", "O", "O"]}) + "\n")
+    with pytest.raises(UsageError, match="unknown label 'PERS'") as caught:
+        train(given)
+    assert f"{data}:1" in str(caught.value) and "did you mean PER" in str(caught.value)
 
 
 def test_data_and_metrics_that_are_not_there_are_named(place: Path, tmp_path: Path) -> None:

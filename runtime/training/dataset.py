@@ -87,7 +87,7 @@ class _Source:
         """The examples in a file, and the scene with the names of the labels."""
         self.say(f"reading {path}")
         content = _hash(path) if path.exists() else ""
-        known = scene.labels or _known_labels(scene)
+        known = scene.labels or _known_labels(self.objective, scene)
         key = [_VERSION, content, self.objective.spec, scene.encoder.length, known,
                scene.encoder.fingerprint, self.config.columns, self.config.limit]  # fmt: skip
         encoded, hit = cached(key, lambda: self._encode(path, scene, known))
@@ -157,13 +157,12 @@ def _width(objective: Objective, scene: Scene) -> int | None:
     return None
 
 
-def _known_labels(scene: Scene) -> tuple[str, ...]:
-    """The names that the model itself has for its classes, unless they say nothing."""
+def _known_labels(objective: Objective, scene: Scene) -> tuple[str, ...]:
+    """The names that the model itself has for the classes it tells, unless they say nothing."""
     named = model_labels(scene.program)
     names = tuple(named[i] for i in sorted(named))
-    found = class_output(scene.program.signature)
     plain = all(name.startswith("LABEL_") for name in names)
-    return () if plain or found is None or found[1] != len(names) else names
+    return () if plain or _width(objective, scene) != len(names) else names
 
 
 def _share(text: str | None) -> float | None:
