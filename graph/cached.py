@@ -9,16 +9,21 @@
 =======================  ===================================================
 
 ``past`` may be 0. What a run returns as present is the past of the next.
+
+A program may begin behind a text of its own, a folded prompt: ``signature.start`` names the
+tensors that hold its ids ``[1, length]``, and its keys and values ``[1, kv_heads, length, dim]``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .program import Program
 from .sequence import POSITIONS
 from .signature import InputSpec, Signature
 
@@ -66,8 +71,54 @@ def present_of(past: str) -> str:
 
 
 def token_limit(signature: Signature) -> int | None:
-    """How many tokens, past and new, a cached program reads at most; None where no limit is."""
+    """How many tokens, past and new, a cached program reads at most; None where no limit is.
+
+    Those of a folded prompt count.
+    """
     return signature.limits.get(Names.total(str(signature.inputs[0].shape[1])))
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What every text of a cached program begins behind.
+
+    Attributes:
+        ids: of a folded prompt; none where there is no prompt.
+        states: its keys and values ``[1, kv_heads, length, dim]``, by the inputs that take them.
+    """
+
+    ids: tuple[int, ...] = ()
+    states: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def past(self, batch: int) -> dict[str, Tensor]:
+        """Keys and values ``[batch, kv_heads, length, dim]``, without a copy."""
+        return {name: held.expand(batch, -1, -1, -1) for name, held in self.states.items()}
+
+
+def start_of(program: Program) -> Start:
+    """What the texts of ``program`` begin behind."""
+    held = {name: program.tensor(tensor) for name, tensor in program.signature.start.items()}
+    if not held:
+        return Start()
+    ids = held.pop(program.signature.inputs[0].name)
+    return Start(tuple(ids[0].tolist()), held)
+
+
+def misfit(signature: Signature, tensors: Mapping[str, Tensor]) -> str | None:
+    """An input of ``signature.start`` whose tensor is not what a run could begin behind."""
+    specs = {spec.name: spec for spec in (signature.inputs[0], *states(signature))}
+    names, lengths = signature.start, set[int]()
+    for name, held in names.items():
+        spec, tensor = specs.get(name), tensors.get(held)
+        if spec is None or tensor is None or tensor.dtype != spec.dtype:
+            return name
+        fixed = [1, *(size for size in spec.shape[1:] if isinstance(size, int))]
+        free = 1 if name == signature.inputs[0].name else 2
+        sizes = list(tensor.shape)
+        if len(sizes) != len(spec.shape) or sizes[:free] + sizes[free + 1 :] != fixed:
+            return name
+        lengths.add(sizes[free])
+    return None if not names or (names.keys() == specs.keys() and len(lengths) == 1) else "start"
 
 
 def step_inputs(

@@ -10,11 +10,11 @@ A zero point is an integer ``z``, and ``-m / s`` need not be one. What is left,
 ``r = m + z s``, adds ``r`` to all weights of a group, so it multiplies the sum of
 the group's inputs:
 
-    y_i = sum_g s_ig sum_j (q_ij - z_ig) x_j  +  sum_g r_ig X_g,    X_g = sum_{j in g} x_j
+    y_i = sum_g s_ig sum_j (q_ij - z_ig) x_j  +  sum_g size r_ig X_g,    X_g = mean_{j in g} x_j
 
-The second sum is a product with the ``in / size`` columns ``r``, which are
+The second sum is a product with the ``in / size`` columns ``size r``, which are
 quantized in groups like the others: :func:`keep_grid` appends them to the weight,
-and its input is to be extended by the group sums. ``r`` is at most ``s / 2``, and
+and its input is to be extended by the groups' means. ``r`` is at most ``s / 2``, and
 its own rounding at most a thirtieth of that.
 """
 
@@ -43,7 +43,7 @@ class Kept:
     Attributes:
         coded: codes ``[out, in]``; with ``extra`` columns more where zero points
             have remainders.
-        extra: how many columns multiply group sums (the last of them are zeros).
+        extra: how many columns multiply groups' means (the last of them are zeros).
     """
 
     coded: Coded
@@ -75,7 +75,7 @@ def keep_grid(weight: Tensor, scheme: Scheme) -> Kept | None:
         return Kept(coded, 0)
     if scheme.symmetric:
         return None  # remainders would be as large as the weights
-    return _with_remainders(coded, rest, scheme)
+    return _with_remainders(coded, size * rest, scheme)
 
 
 def _steps(groups: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -74,11 +74,11 @@ _PRODUCTS = frozenset(
 
 
 def plain_input(node: fx.Node) -> fx.Node:
-    """``x`` of a quantized product, without the sums of its groups that int4 may append to it."""
+    """``x`` of a quantized product, without the means of its groups that int4 may append to it."""
     x: Any = node.args[0]
     if x.target is not aten.cat.default:
         return cast(fx.Node, x)
     first, second = x.args[0][:2]
-    groups = second.args[0] if second.target is aten.sum.dim_IntList else second
+    groups = second.args[0] if second.target in (aten.mean.dim, aten.sum.dim_IntList) else second
     appended = groups.target is aten.unflatten.int and groups.args[0] is first
     return cast(fx.Node, first if appended else x)

@@ -164,7 +164,11 @@ def build_module(tensors: Mapping[str, Tensor], graph: fx.Graph) -> fx.GraphModu
     root = nn.Module()
     for name, tensor in tensors.items():
         attach(root, name, tensor)
-    return LazyModule(root, graph, class_name="Program")
+    module = LazyModule(root, graph, class_name="Program")
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for name in tensors.keys() - read:  # which a graph module leaves behind
+        attach(module, name, tensors[name])
+    return module
 
 
 class LazyModule(fx.GraphModule):

@@ -255,6 +255,7 @@ class Rewriter:
             if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
                 self.graph.erase_node(node)
         read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        read.update(self.program.signature.start.values())
         for name, _ in list(self.program.tensors()):
             if name not in read:
                 self.remove_tensor(name)

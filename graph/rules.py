@@ -147,8 +147,8 @@ def _aliased(view: View, name: str) -> bool:
 
 
 def tensors_read(view: View) -> Iterator[Breach]:
-    """Every tensor that exists is read."""
-    read = {str(n.target) for n in view.readers}
+    """Every tensor that exists is read, or is what a run begins behind."""
+    read = {str(n.target) for n in view.readers} | set(view.program.signature.start.values())
     for name in view.tensors:
         if name not in read:
             yield Breach(f"nothing reads {name}", "remove it: rw.finish() drops what is not read")

@@ -9,7 +9,7 @@ the example's without the user having to supply data.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Literal
 
@@ -62,12 +62,15 @@ class Signature:
         limits: largest legal size of a dynamic dimension, where one is known
             (``{"sequence": 512}`` for learned positions), or of the sum of two
             (``{"past+sequence": 512}``).
+        start: tensors of the program, by input: what a run begins behind, a folded prompt's
+            ids, keys and values (:mod:`ftc.graph.cached`).
     """
 
     task: str
     inputs: tuple[InputSpec, ...]
     outputs: tuple[OutputSpec, ...]
     limits: Mapping[str, int]
+    start: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def input_names(self) -> tuple[str, ...]:

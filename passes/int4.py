@@ -8,10 +8,10 @@ themselves (``MatMulNBits``), with each group of the activations on 255 steps.
 How the weights are rounded is in :mod:`ftc.passes.rounding`: weights that come
 from a 4-bit file keep their codes, all others are rounded one after another so
 that errors cancel on the calibration data. A weight that keeps its grid may need
-zero points that are not whole; what is left of them multiplies sums of groups of
+zero points that are not whole; what is left of them multiplies means of groups of
 the input, which are appended to it:
 
-    x' = [x, sum of group 1, ..., sum of group n, 0, ..., 0]
+    x' = [x, mean of group 1, ..., mean of group n, 0, ..., 0]
 """
 
 from __future__ import annotations
@@ -136,11 +136,11 @@ class Int4(Pass):
         self, rw: Rewriter, ctx: Context, rounded: Mapping[str, Rounded], levels: Levels
     ) -> None:
         """Replaces the weights of level 0 by 4 bits, those of level 1 by the fallback."""
-        sums = _GroupSums(rw, self.group_size)
+        means = _GroupMeans(rw, self.group_size)
         done = {name: each for name, each in rounded.items() if not levels.get(name)}
         left = [name for name, level in levels.items() if level == 1]
         for name, each in done.items():
-            self._replace(rw, name, list(rw.get_attr(name).users), each, sums)
+            self._replace(rw, name, list(rw.get_attr(name).users), each, means)
         added = [name for name, each in done.items() if each.residual is not None]
         if added:
             factors = [f"{name}.residual.{part}" for name in added for part in "AB"]
@@ -209,7 +209,7 @@ class Int4(Pass):
         return self.max_error is not None and error > self.max_error
 
     def _replace(
-        self, rw: Rewriter, name: str, readers: list[fx.Node], rounded: Rounded, sums: _GroupSums
+        self, rw: Rewriter, name: str, readers: list[fx.Node], rounded: Rounded, means: _GroupMeans
     ) -> None:
         """Replaces one weight and all its readers."""
         coded = rounded.coded
@@ -221,7 +221,7 @@ class Int4(Pass):
             zero = rw.add_buffer(f"{name}.zero_point", coded.zero_point)
         how = (4, self.group_size)
         for reader in readers:
-            x = sums.extended(reader, rounded.extra) if rounded.extra else None
+            x = means.extended(reader, rounded.extra) if rounded.extra else None
             bias = None
             if rounded.bias is not None:
                 bias = with_values(rw, (*reader.args, None)[2], f"{name}.bias", rounded.bias)
@@ -257,8 +257,8 @@ class Int4(Pass):
             rw.note(f"{what}, since 4 bits do not suit them: {listed(unfit)}")
 
 
-class _GroupSums:
-    """Inputs with the sums of their groups behind them, one for all products of an input."""
+class _GroupMeans:
+    """Inputs with the means of their groups behind them, one for all products of an input."""
 
     def __init__(self, rw: Rewriter, group_size: int) -> None:
         self._rw, self._size = rw, group_size
@@ -272,7 +272,7 @@ class _GroupSums:
             call, count = self._rw.call, value(x).shape[-1] // self._size
             with self._rw.after(x):
                 groups = call(aten.unflatten.int, x, -1, [count, self._size])
-                parts = [x, call(aten.sum.dim_IntList, groups, [-1])]
+                parts = [x, call(aten.mean.dim, groups, [-1])]
                 if extra > count:
                     unused = call(aten.slice.Tensor, x, -1, 0, extra - count)
                     parts.append(call(aten.zeros_like.default, unused))

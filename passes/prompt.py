@@ -8,7 +8,9 @@ longer sequence, and callers get the outputs of their own tokens.
 and values are the same for every input. They are computed once, here, and put in front
 at every attention as constants; only the caller's tokens are computed, at the positions
 after the prompt. The outputs are those of the hard prompt, which is checked each time,
-and a long instruction costs no more than the attention to it.
+and a long instruction costs no more than the attention to it. Behind the pass ``cache``
+they are the cache's first entries: the graph stays as it is, and what texts begin behind
+(``signature.start``) is what it returns for the prompt.
 """
 
 from __future__ import annotations
@@ -20,8 +22,17 @@ import torch
 from torch import Tensor
 
 from ftc.graph.adapters import SOFT_PROMPT
+from ftc.graph.cached import (
+    Start,
+    is_cached,
+    present_of,
+    start_of,
+    states,
+    step_inputs,
+    token_limit,
+)
 from ftc.graph.causal import sees_ahead
-from ftc.graph.drift import compare
+from ftc.graph.drift import Difference, compare
 from ftc.graph.errors import PreconditionError, PromiseError, UsageError
 from ftc.graph.lengthen import lengthen
 from ftc.graph.observe import values
@@ -42,6 +53,7 @@ from .virtual_tokens import (
 )
 
 _TOKENS = 16
+_START = "start."  # of the names of what texts begin behind
 _SAME = 1e-4
 _NOISE = 0.05  # where activations are quantized in groups that hold the prompt's rows or not
 
@@ -86,6 +98,8 @@ class Prompt(Pass):
                 f"{self.spec}: a random prompt has no text", fix=replace(self, init="text").spec
             )
         check_tokens(self, self.tokens, self.text)
+        if self.fold:
+            object.__setattr__(self, "forbids", frozenset({"prompted"}))
 
     def requires(self, program: Program) -> None:
         """Refuses to fold a prompt behind a prefix, which stands before it."""
@@ -102,6 +116,8 @@ class Prompt(Pass):
             check_ids(rw, sequence, ids)
         if ids is None or self.init == "text":
             self._soft(rw, sequence, ids, ctx.seed)
+        elif is_cached(rw.program.signature):
+            self._first_entries(rw, ids)
         elif self.fold:
             self._folded(rw, ids)
         else:
@@ -113,14 +129,17 @@ class Prompt(Pass):
         """With a text: the outputs are those of the program before with the text in front."""
         if self.text is None:
             return
-        rw = Rewriter(before.clone(), self.spec)
-        sequence = _sequence(rw)
-        ids = text_ids(before, self.text, self.spec)
-        probe = after.signature.probe(batch=2)
-        with torch.no_grad():
-            wanted = with_text_in_front(rw.program, sequence, ids, probe)
-            got = after(probe)
-        worst = max(d.relative for d in compare(wanted, got, probe, before.signature).values())
+        if is_cached(before.signature):
+            worst = _drift_behind_entries(before, start_of(after))
+        else:
+            rw = Rewriter(before.clone(), self.spec)
+            sequence = _sequence(rw)
+            ids = text_ids(before, self.text, self.spec)
+            probe = after.signature.probe(batch=2)
+            with torch.no_grad():
+                wanted = with_text_in_front(rw.program, sequence, ids, probe)
+                got = after(probe)
+            worst = max(d.relative for d in compare(wanted, got, probe, before.signature).values())
         if not worst <= (_NOISE if "quantized" in before.facts else _SAME):
             raise PromiseError(
                 f"{self.spec}: outputs differ by {worst:.1e} from those with the text in front",
@@ -157,14 +176,47 @@ class Prompt(Pass):
                 where=describe(ahead),
                 fix="leave fold out",
             )
-        states = attentions.states_of(ids)
+        made = attentions.states_of(ids)
         reader = rw.add_buffer(f"{_table(attentions.sequence)}.prompt_ids", ids)
         attentions.put_in_front(
-            states, rw.add_buffer, (".prompt_key", ".prompt_value"), visible=False, ids=reader
+            made, rw.add_buffer, (".prompt_key", ".prompt_value"), visible=False, ids=reader
         )
         rw.note(
-            f"keys and values of {plural(len(ids), 'token')} at {plural(len(states), 'attention')}"
+            f"keys and values of {plural(len(ids), 'token')} at {plural(len(made), 'attention')}"
         )
+
+    def _first_entries(self, rw: Rewriter, ids: Tensor) -> None:
+        """What the cached program returns for the prompt is what its texts begin behind."""
+        signature = rw.program.signature
+        limit = token_limit(signature)
+        if limit is not None and len(ids) >= limit:
+            raise PreconditionError(
+                f"{self.spec}: {len(ids):,} tokens, and the model reads {limit:,}",
+                fix="a shorter text",
+            )
+        held = {signature.inputs[0].name: ids[None]}
+        with torch.no_grad():
+            found = rw.program(step_inputs(signature, ids[None], torch.ones_like(ids)[None], {}))
+        held |= {spec.name: found[present_of(spec.name)] for spec in states(signature)}
+        for name, tensor in held.items():
+            rw.add_buffer(_START + name, tensor.clone(memory_format=torch.contiguous_format))
+        rw.set_signature(replace(signature, start={name: _START + name for name in held}))
+        rw.note(f"keys and values of {plural(len(ids), 'token')} are the first in the cache")
+
+
+def _drift_behind_entries(program: Program, start: Start) -> float:
+    """Of the scores behind a prompt's entries, to those of prompt and text in one piece."""
+    signature = program.signature
+    spec = signature.inputs[0]
+    row = torch.randint(spec.low, spec.high, (1, 5), generator=torch.Generator().manual_seed(0))
+    whole = torch.cat([torch.tensor([start.ids]), row], 1)
+    mask, scores = torch.ones_like(whole), signature.output_names[0]
+    with torch.no_grad():
+        wanted = program(step_inputs(signature, whole, mask, {}))[scores]
+        got = program(step_inputs(signature, row, mask, start.past(1)))[scores]
+    gap = Difference()
+    gap.add(wanted[:, -got.shape[1] :], got)
+    return gap.relative
 
 
 def _sequence(rw: Rewriter) -> Sequence:

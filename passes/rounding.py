@@ -41,7 +41,7 @@ class Rounded:
 
     Attributes:
         coded: the codes, with ``extra`` columns more than the weight has.
-        extra: columns that multiply sums of the input's groups.
+        extra: columns that multiply means of the input's groups.
         bias: the product's new bias, where it had none too; None: as it was.
         error: of the outputs on the calibration data, relative; None: not known.
         residual: what is added for the rounding error, or None.

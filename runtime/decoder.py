@@ -3,6 +3,10 @@
 A cached program reads what is new of a text, and finds the keys and values of the rest
 where its run before left them (:mod:`ftc.runtime.past`). So a conversation costs its new
 words only, however long it is.
+
+A program with a folded prompt begins behind it: the prompt's tokens are those of every text,
+and its keys and values the cache's first entries. Texts of different length are padded on the
+left, which is before the prompt, so such a batch reads the prompt's tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftc.graph.cached import is_cached, pad_left, token_limit
+from ftc.graph.cached import is_cached, pad_left, start_of, token_limit
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 
@@ -44,7 +48,8 @@ class Decoder:
 
     Attributes:
         engine: the same.
-        limit: how many tokens, old and new, its program reads at most; None where no limit is.
+        limit: how many tokens of a text, old and new, its program reads at most; None where no
+            limit is.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -53,14 +58,18 @@ class Decoder:
         self._scores = self._signature.output_names[0]
         self._run = past_of(engine) if is_cached(self._signature) else None
         self.limit = self.limit_of(engine.program)
+        self._start = start_of(engine.program)
         self._read = _Read()
         self._seen = self._last = torch.empty(0)  # scores of the run before, and their last row
 
     @staticmethod
     def limit_of(program: Program) -> int | None:
-        """How many tokens, old and new, a program reads at most."""
+        """How many tokens of a text, old and new, a program reads at most."""
         signature = program.signature
-        return token_limit(signature) if is_cached(signature) else signature.limits.get("sequence")
+        if not is_cached(signature):
+            return signature.limits.get("sequence")
+        limit = token_limit(signature)
+        return limit if limit is None else limit - len(start_of(program).ids)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Scores ``[batch, vocabulary]`` of the token after each row, until the next call.
@@ -74,28 +83,33 @@ class Decoder:
         """
         if self._run is None:
             return self._whole(rows)
+        rows = [[*self._start.ids, *row] for row in rows]
         length = max(map(len, rows))
-        before = self._read if self._go_on(rows) else _Read()
+        before = self._read
+        if not _go_on(rows, before):
+            start = self._begin(len(rows))
+            before = start if _go_on(rows, start) else _Read()
+            self._read = before  # what is kept of another text is let go before the run
         if before.rows:
             ids = np.array([row[len(old) :] for row, old in zip(rows, before.rows, strict=True)])
             mask = before.mask
         else:
-            self._read = before  # what is kept of another text is let go before the run
             ids, mask = (t.numpy() for t in pad_left([torch.tensor(row) for row in rows]))
         if mask.shape[1] < length:
             mask = np.pad(mask, ((0, 0), (0, length)), constant_values=1)
         scores, past = self._run(ids, mask[:, :length], before.past)
-        self._read = _Read(tuple(map(list, rows)), mask, past)
+        self._read = _Read(tuple(rows), mask, past)
         if scores is not self._seen:
             self._seen, self._last = scores, scores[:, -1]
         return self._last
 
-    def _go_on(self, rows: Sequence[Sequence[int]]) -> bool:
-        old = self._read.rows
-        if len(old) != len(rows) or len({len(r) - len(o) for r, o in zip(rows, old)}) != 1:  # noqa: B905
-            return False
-        pairs = zip(rows, old, strict=True)
-        return len(rows[0]) > len(old[0]) and all(list(r[: len(o)]) == o for r, o in pairs)
+    def _begin(self, batch: int) -> _Read:
+        """The prompt, read in every row; nothing where there is none."""
+        ids = list(self._start.ids)
+        if not ids:
+            return _Read()
+        mask = np.ones((batch, len(ids)), np.int64)
+        return _Read((ids,) * batch, mask, self._start.past(batch))
 
     def _whole(self, rows: Sequence[Sequence[int]]) -> Tensor:
         if len({len(row) for row in rows}) > 1:
@@ -103,3 +117,12 @@ class Decoder:
                 "texts of different length need a cache", fix="compile with --task generate"
             )
         return self.engine(pad(rows, self._signature, None))[self._scores][:, -1]
+
+
+def _go_on(rows: Sequence[list[int]], read: _Read) -> bool:
+    """Whether each text is what was read of it, and as many tokens more as the others."""
+    old = read.rows
+    if len(old) != len(rows) or len({len(r) - len(o) for r, o in zip(rows, old)}) != 1:  # noqa: B905
+        return False
+    pairs = zip(rows, old, strict=True)
+    return len(rows[0]) > len(old[0]) and all(r[: len(o)] == o for r, o in pairs)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftc.graph.cached import is_cached
+from ftc.graph.cached import is_cached, start_of
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Program
 from ftc.graph.words import plural
@@ -203,13 +203,14 @@ def _scored(
         logits = engine(inputs)[logits_output(engine.program)]
         yield logits[:, :-1], inputs["input_ids"][:, 1:]
         return
-    ids, run, past = torch.tensor(batch), past_of(engine), None
-    given, mask = ids.numpy(), torch.ones_like(ids).numpy()
+    ids, run, start = torch.tensor(batch), past_of(engine), start_of(engine.program)
+    front, past = len(start.ids), start.past(len(ids)) or None
+    given, mask = ids.numpy(), ids.new_ones(len(ids), front + ids.shape[1]).numpy()
     piece = 1 if signature.outputs[0].shape[1] == 1 else ids.shape[1] - 1
-    for start in range(0, ids.shape[1] - 1, piece):
-        end = start + piece
-        scores, past = run(given[:, start:end], mask[:, :end], past)
-        yield scores, ids[:, start + 1 : end + 1]
+    for begin in range(0, ids.shape[1] - 1, piece):
+        end = begin + piece
+        scores, past = run(given[:, begin:end], mask[:, : front + end], past)
+        yield scores, ids[:, begin + 1 : end + 1]
 
 
 def _accuracies(

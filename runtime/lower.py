@@ -36,6 +36,7 @@ from .lowering.finish import alive, fold_views, fuse_skips
 from .lowering.grouped import writes_in_place
 from .lowering.joined import remember
 from .lowering.rotary import find_rotary
+from .lowering.steps import join_casts
 from .lowering.table import STORAGE_ARGUMENTS, translation
 
 __all__ = ["IR_VERSION", "OPSET", "decomposed", "lower", "save_onnx"]
@@ -219,6 +220,7 @@ class _Lowering:
         nodes = fold_views(nodes, self.emitter.initializers)
         if is_cached(self.program.signature) and not self.emitter.standard:
             nodes = fuse_skips(self.emitter, nodes, outputs)
+        nodes = join_casts(self.emitter, nodes)
         read = {value for node in nodes for value in node.inputs}
         graph = ir.Graph(
             inputs, outputs, nodes=nodes, name=self.program.signature.task,

@@ -38,7 +38,8 @@ class Past(Protocol):
         Args:
             ids: of the new tokens, int64 ``[batch, new]``.
             mask: of past and new tokens, int64 ``[batch, past + new]``.
-            past: what the step before returned; None at the beginning of texts.
+            past: what the step before returned; at the beginning of texts None, or the keys and
+                values ``[batch, kv_heads, past, dim]`` of what they begin behind, by input.
 
         Returns:
             The program's first output, which the next step may overwrite, and what that
@@ -103,6 +104,9 @@ class InPlace:
         batch, total = mask.shape
         if batch != self._batch or total > self._room:
             self._make_room(batch, total, total - ids.shape[1])
+        if isinstance(past, Mapping):
+            for name, held in past.items():
+                self._buffers[name][:, :, : held.shape[2]] = held.numpy()
         self._binding.inputs(self._given(ids, mask))
         scores = self._signature.outputs[0]
         shape = (batch, ids.shape[1] if scores.shape[1] != 1 else 1, scores.shape[2])

@@ -255,7 +255,7 @@ def test_a_convolution_has_an_adapter_too(alpha: int) -> None:
 
 
 def test_int4_s_extra_columns_are_not_adapted() -> None:
-    """Codes that keep a grid of fractional zero points read sums of groups behind their input."""
+    """Codes that keep a grid of fractional zero points read means of groups behind their input."""
     torch.manual_seed(0)
     layer = nn.Linear(64, 48)
     codes = torch.randint(0, 16, (48, 4, 16)).float()

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ftc.graph.cached import misfit
 from ftc.graph.errors import BundleError
 from ftc.graph.program import Program, build_module
 from ftc.graph.signature import Signature
@@ -76,7 +77,7 @@ def save_bundle(
 
 
 def _fill(folder: Path, program: Program, files: Mapping[str, Callable[[Path], None]]) -> None:
-    facts, tensors = describe_tensors(program.module)
+    facts, tensors = describe_tensors(program)
     for name in facts:
         check_tensor_name(name)
     nodes = encode_graph(program.graph)
@@ -200,8 +201,11 @@ def _check_fit(graph: fx.Graph, signature: Signature, tensors: Mapping[str, Any]
             f"the graph returns {len(leaves)} tensors, the signature says {len(signature.outputs)}"
         )
     read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    read.update(signature.start.values())
     if odd := sorted(read ^ set(tensors)):
         raise BundleError(f"graph and {_WEIGHTS} disagree about the tensor {odd[0]}")
+    if signature.start and (odd_input := misfit(signature, tensors)):
+        raise BundleError(f"signature.start: no run can begin behind what it has for {odd_input}")
 
 
 def _names(node: str, given: str) -> bool:

@@ -29,6 +29,7 @@ def encode_signature(signature: Signature) -> dict[str, Any]:
         "inputs": [spec(i) for i in signature.inputs],
         "outputs": [spec(o) for o in signature.outputs],
         "limits": dict(sorted(signature.limits.items())),
+        **({"start": dict(signature.start)} if signature.start else {}),
     }
 
 
@@ -43,6 +44,7 @@ def decode_signature(stored: Mapping[str, Any]) -> Signature:
         inputs=tuple(_input(spec, f"inputs[{i}]") for i, spec in enumerate(stored["inputs"])),
         outputs=tuple(_output(spec, f"outputs[{i}]") for i, spec in enumerate(stored["outputs"])),
         limits={str(name): size for name, size in stored["limits"].items()},
+        start={str(name): str(held) for name, held in stored.get("start", {}).items()},
     )
     for name, size in signature.limits.items():
         parts = name.split("+")  # of one dimension, or of the sum of two
@@ -51,6 +53,8 @@ def decode_signature(stored: Mapping[str, Any]) -> Signature:
             raise _refused(f"limits.{name}", size, "a size of a dynamic dimension of the inputs")
     if len(set(signature.input_names)) < len(signature.inputs):
         raise _refused("inputs", list(signature.input_names), "names that differ")
+    if odd := sorted(signature.start.keys() - set(signature.input_names)):
+        raise _refused("start", odd, "names of inputs")
     return signature
 
 

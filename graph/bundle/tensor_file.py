@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ftc.graph.errors import BundleError
+from ftc.graph.program import Program
 
 _DTYPES = {
     torch.float64: "F64",
@@ -44,7 +45,7 @@ ALIGNMENT = 64
 """Bytes: where torch puts its own tensors. Kernels round differently at other addresses."""
 
 
-def describe_tensors(module: fx.GraphModule) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+def describe_tensors(program: Program) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """What graph.json says of each tensor, and the tensors to store.
 
     Returns:
@@ -55,7 +56,7 @@ def describe_tensors(module: fx.GraphModule) -> tuple[dict[str, dict[str, Any]],
     facts: dict[str, dict[str, Any]] = {}
     stored: dict[str, Tensor] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    for name, tensor in _tensors(module):
+    for name, tensor in _tensors(program):
         fact: dict[str, Any] = {"kind": "buffer"}
         if isinstance(tensor, nn.Parameter):
             fact = {"kind": "parameter", "grad": tensor.requires_grad}
@@ -71,13 +72,11 @@ def describe_tensors(module: fx.GraphModule) -> tuple[dict[str, dict[str, Any]],
     return facts, stored
 
 
-def _tensors(module: fx.GraphModule) -> Iterable[tuple[str, Tensor]]:
-    """What the graph reads, by name: a module may hold more, but a program is its graph."""
-    for name in sorted({str(n.target) for n in module.graph.nodes if n.op == "get_attr"}):
-        tensor: Any = module
-        for part in name.split("."):
-            tensor = getattr(tensor, part)
-        yield name, tensor
+def _tensors(program: Program) -> Iterable[tuple[str, Tensor]]:
+    """What is read, by name: a module may hold more, but a program is its graph."""
+    read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    for name in sorted(read.union(program.signature.start.values())):
+        yield name, program.tensor(name)
 
 
 def _dense_order(tensor: Tensor) -> list[int] | None:

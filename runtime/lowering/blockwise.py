@@ -40,8 +40,9 @@ def block_linear(
     rows, width = e.dims(data)
     each = group_size * bits // 8
     blocks = e.reshape(data, [rows, width // each, each])
+    flat = e.reshape(scale, [e.dims(scale)[0] * e.dims(scale)[1]])
     return e.op(
-        "MatMulNBits", x, blocks, e.cast(scale, e.dtype(x)), _points(e, zero_point, bits), None,
+        "MatMulNBits", x, blocks, e.cast(flat, e.dtype(x)), _points(e, zero_point, bits), None,
         bias, domain=DOMAIN, dims=e.sizes.dims(e.out), K=width * 8 // bits, N=rows, bits=bits,
         block_size=group_size, accuracy_level=_LEVEL[activation],
     )  # fmt: skip

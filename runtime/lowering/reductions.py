@@ -35,7 +35,28 @@ def sum_(e: Emitter, x: Value, dim: Axes = None, keepdim: bool = False, dtype: A
 
 @lowers(aten.mean.dim)
 def mean(e: Emitter, x: Value, dim: Axes = None, keepdim: bool = False, dtype: Any = None) -> Value:
-    return reduce(e, "ReduceMean", e.cast(x, e.out.dtype), dim, keepdim)
+    x = e.cast(x, e.out.dtype)
+    if not keepdim and (pieces := _pieces(e, x, dim)) is not None:
+        source, size = pieces
+        kernel = {"kernel_shape": [size], "strides": [size]}
+        return e.op("AveragePool", source, dims=e.dims(x)[:-1], **kernel)
+    return reduce(e, "ReduceMean", x, dim, keepdim)
+
+
+def _pieces(e: Emitter, x: Value, dim: Axes) -> tuple[Value, int] | None:
+    """``x`` as ``[a, b, n * size]`` and ``size``, where the mean is over pieces of its last axis.
+
+    Such means are those of a pooling: one operator for two.
+    """
+    maker, dims = x.producer(), e.dims(x)
+    if maker is None or maker.op_type != "Reshape" or e.dtype(x) != torch.float32:
+        return None
+    axes = [dim] if isinstance(dim, int) else list(dim or [])
+    source = maker.inputs[0]
+    assert source is not None
+    whole = e.dims(source)
+    split = len(dims) == 4 and axes in ([-1], [3]) and dims[:2] == whole[:2] and len(whole) == 3
+    return (source, dims[3]) if split and isinstance(dims[3], int) else None
 
 
 @lowers(aten.sum.default)
