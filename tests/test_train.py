@@ -217,6 +217,18 @@ def test_an_unknown_label_in_the_evaluation_is_named(place: Path, tmp_path: Path
     assert f"{other}:1" in str(caught.value)
 
 
+def test_the_same_bytes_in_another_format_are_other_examples(place: Path, tmp_path: Path) -> None:
+    content = "text\nthe cat runs\na dog sits\n"
+    examples = []
+    for name in ("a.csv", "a.txt", "a.CSV", "a.csv"):
+        (tmp_path / name).write_text(content)
+        given = config(place / "mlm", tmp_path / name, "mlm", "", length=8, steps=0)
+        (note,) = (note for note in train(given).notes if "examples" in note)
+        examples.append(note.partition(": ")[2])
+    assert examples[0] != examples[1] and "encoded" in examples[1]
+    assert examples[2] == examples[3] == examples[0].replace("encoded", "from the cache")
+
+
 def test_words_are_learned_under_the_names_that_the_model_has(tmp_path: Path) -> None:
     import transformers
 

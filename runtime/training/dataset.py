@@ -15,13 +15,13 @@ from ftc.runtime.predict import labels as model_labels
 from .config import TrainConfig
 from .data.encoder import IGNORED
 from .data.order import generator
-from .data.rows import Row, read_rows
+from .data.rows import Row, format_of, read_rows
 from .data.table import Examples, Table, cached
 from .objectives.base import Objective, Scene, class_output
 from .objectives.labels import Classification, TokenClassification
 
 _CHUNK = 1000
-_VERSION = 1  # of what is in the cache
+_VERSION = 2  # of what is in the cache
 Say = Callable[[str], object]
 
 
@@ -86,9 +86,9 @@ class _Source:
     def table(self, path: Path, scene: Scene) -> tuple[Table, Scene]:
         """The examples in a file, and the scene with the names of the labels."""
         self.say(f"reading {path}")
-        content = _hash(path) if path.exists() else ""
+        form, content = format_of(path), _hash(path)
         known = scene.labels or _known_labels(self.objective, scene)
-        key = [_VERSION, content, self.objective.spec, scene.encoder.length, known,
+        key = [_VERSION, form, content, self.objective.spec, scene.encoder.length, known,
                scene.encoder.fingerprint, self.config.columns, self.config.limit]  # fmt: skip
         encoded, hit = cached(key, lambda: self._encode(path, scene, known))
         self.fingerprint = hashlib.sha256(f"{self.fingerprint}{content}".encode()).hexdigest()

@@ -65,21 +65,26 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]
     Raises:
         UsageError: naming file and line of what cannot be read; for an empty file.
     """
-    rows = list(_reader(path)(path))
+    rows = list(_READERS[format_of(path)](path))
     if not rows:
         raise UsageError(f"{path} is empty", fix="write a row, or a text")
     return [_renamed(row, columns) for row in rows] if columns else rows
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
+def format_of(path: Path) -> str:
+    """How a file is read: as ``jsonl``, ``csv``, ``tsv``, ``parquet``, ``folder`` or ``text``.
+
+    Raises:
+        UsageError: when it is not there.
+    """
     if path.is_dir():
-        return _folder
+        return "folder"
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UsageError(f"there is no file {path}", fix=nearest(path.name, siblings))
-    kinds = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".tsv": _csv,
-             ".parquet": _parquet}  # fmt: skip
-    return kinds.get(path.suffix, _paragraphs)
+    suffix = path.suffix.lower().removeprefix(".")
+    known = "jsonl" if suffix == "ndjson" else suffix
+    return known if known in _READERS else "text"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -116,7 +121,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _csv(path: Path) -> Iterator[Row]:
     lines = (f"{line}\n" for _, line in _lines(path))
-    reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    reader = csv.reader(lines, delimiter="\t" if format_of(path) == "tsv" else ",", strict=True)
     header: list[str] | None = None
     last = 0
     try:
@@ -199,3 +204,13 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
                              fix=nearest(given, map(str, fields)))  # fmt: skip
         fields[wanted] = fields[given]
     return Row(fields, row.place)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "jsonl": _json_lines,
+    "csv": _csv,
+    "tsv": _csv,
+    "parquet": _parquet,
+    "folder": _folder,
+    "text": _paragraphs,
+}
