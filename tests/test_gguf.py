@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 import sys
@@ -105,6 +106,15 @@ def test_a_gguf_tokenizer_goes_into_the_bundle(llama: Path, tmp_path: Path) -> N
     again = capture(save_bundle(program, tmp_path / "bundle"))
     assert (tmp_path / "bundle" / "tokenizer.json").is_file()
     assert tokenizer(again)("ab")["input_ids"] == ids
+
+
+def test_a_saved_tokenizer_cuts_as_little_as_its_source(llama: Path, tmp_path: Path) -> None:
+    program = capture(llama)
+    save_bundle(program, tmp_path / "before")
+    tokenizer(program)(["ab"], truncation=True, max_length=1)
+    save_bundle(program, tmp_path / "after")
+    before, after = ((tmp_path / n / "tokenizer.json").read_text() for n in ("before", "after"))
+    assert before == after and json.loads(after)["truncation"] is None
 
 
 def test_damaged_gguf(llama: Path, tmp_path: Path) -> None:

@@ -143,6 +143,8 @@ def copy_assets(source: Path | None, folder: Path) -> tuple[str, ...]:
         except SourceError as error:
             return (f"saved without a tokenizer: {error.what}",)
         if found is not None:
+            found.backend_tokenizer.no_truncation()  # those of the last call; a GGUF file has none
+            found.backend_tokenizer.no_padding()
             found.save_pretrained(folder)
         return ()
     for name in ASSETS:
