@@ -82,6 +82,10 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n{"text": "b', "a.jsonl:2"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "a.jsonl:2"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', "a.jsonl:3"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800 x"}\n', "a.jsonl:2"),
+        ("a.jsonl", b'{"text": "a"}\n{"words": ["a", "\\udc00"]}\n', "a.jsonl:2"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a", "text": "b"}\n', "a.jsonl:2"),
+        ("a.csv", b"\ntext,label,text\nyes,1,no\n", "a.csv:2"),
         ("a.csv", b"text,label\nyes,1\nno\n", "a.csv:3"),
         ("a.csv", b'text,label\n"yes,1\n', "a.csv:2"),
         ("a.txt", b"one\n\ntw\xffo\n", "a.txt:3"),
@@ -93,6 +97,12 @@ def test_a_bad_row_is_named(tmp_path: Path, name: str, content: bytes, place: st
     with pytest.raises(UsageError) as caught:
         read_rows(tmp_path / name)
     assert place in str(caught.value) and caught.value.fix
+
+
+def test_characters_in_two_halves_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
+    (row,) = read_rows(tmp_path / "a.jsonl")
+    assert row.text("text") == "\U0001f600"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])

@@ -12,16 +12,15 @@ anything else           text: paragraphs, apart by empty lines, of one document
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftc.graph.errors import UsageError, nearest
+from ftc.runtime.examples import JSON_FIX, parse_json
 
 DOCUMENT = "document"
-_JSON_FIX = '{"text": "...", "label": "..."} on every line'
 _UTF8_FIX = "save the file as UTF-8"
 
 
@@ -109,13 +108,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         place = f"{path}:{number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"not a JSON object: {error}", where=place, fix=_JSON_FIX) from None
+        fields = parse_json(line, place)
         if not isinstance(fields, dict):
             what = f"a JSON object is wanted, not {type(fields).__name__}"
-            raise UsageError(what, where=place, fix=_JSON_FIX)
+            raise UsageError(what, where=place, fix=JSON_FIX)
         yield Row(fields, place)
 
 
@@ -131,6 +127,9 @@ def _csv(path: Path) -> Iterator[Row]:
                 continue
             if header is None:
                 header = [name.strip() for name in values]
+                if twice := next((name for name in header if header.count(name) > 1), None):
+                    raise UsageError(f"two columns are called {twice!r}", where=place,
+                                     fix="give each a name of its own")  # fmt: skip
             elif len(values) != len(header):
                 what = f"the row has {len(values)} fields, the header {len(header)}"
                 raise UsageError(what, where=place, fix="complete it, or quote fields with commas")
