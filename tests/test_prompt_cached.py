@@ -72,7 +72,9 @@ def test_perplexity_is_that_behind_the_prompt(model, tmp_path):
     (tmp_path / "text.txt").write_text("the dog ran. a bird sang. " * 6)
     compile_model(model, PASS, tmp_path / "whole")
     found = [
-        evaluate(open_engine(str(tmp_path / name)), tmp_path / "text.txt", "perplexity", length=16).value
+        evaluate(
+            open_engine(str(tmp_path / name)), tmp_path / "text.txt", "perplexity", length=16
+        ).value
         for name in ("out", "whole")
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-3)
