@@ -201,10 +201,22 @@ def test_a_bad_row_stops_before_training(
                   "sequence-classification", "-o", tmp_path / "out")  # fmt: skip
     assert ran.status == 2 and message in ran.err
     assert not (tmp_path / "out").exists() and "Traceback" not in ran.err
-    if "3 labels" not in message:
-        assert f"{data}:49" in ran.err
+    assert f"{data}:49" in ran.err
     given = config(place / "cls", place / "s.jsonl", "sequence-classification", tmp_path / "out")
     assert train(dataclasses.replace(given, steps=1)).steps == 1, "what was refused blocks nothing"
+
+
+@pytest.mark.parametrize(
+    ("model", "row"),
+    [("cls", {"text": "a cat", "label": "pos"}), ("words", {"words": ["cat"], "labels": ["O"]})],
+)
+def test_one_label_is_too_few(place: Path, tmp_path: Path, model: str, row: dict[str, Any]) -> None:
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    objective = "token-classification" if model == "words" else "sequence-classification"
+    with pytest.raises(UsageError, match="nothing to tell apart") as caught:
+        train(config(place / model, data, objective, tmp_path / "out"))
+    assert f"{data}:1" in str(caught.value) and "head{" not in str(caught.value)
 
 
 def test_an_unknown_label_in_the_evaluation_is_named(place: Path, tmp_path: Path) -> None:

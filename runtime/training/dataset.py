@@ -134,9 +134,17 @@ def _labels(
         return found
     if all(name.isdigit() and int(name) < width for name in found):
         return tuple(map(str, range(width)))
+    firsts: dict[str, str] = {}
+    for row in rows:
+        for name in objective.labels([row], ()):
+            firsts.setdefault(name, row.place)
+    if len(found) == 1:
+        raise UsageError(f"all rows have the label {found[0]!r}: there is nothing to tell apart",
+                         where=firsts[found[0]], fix="give rows of another label too")  # fmt: skip
+    surplus = [f"{name!r} first at {place}" for name, place in firsts.items()][width:]
     raise UsageError(
         f"the data has {len(found)} labels, the program {width}",
-        where=f"labels: {', '.join(found[:12])}",
+        where="; ".join([f"labels: {', '.join(found[:12])}", *surplus[:3]]),
         fix=f"a head with {len(found)}: --passes head{{labels={len(found)}}}",
     )
 
