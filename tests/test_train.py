@@ -189,7 +189,8 @@ def test_a_wrong_configuration_is_refused_at_once(change: dict[str, Any], messag
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [('{"text": "a cat"}', "no label"), ('{"text": " ", "label": "pos"}', "empty"),
+    [('{"text": "a cat"}', "no 'label'"), ('{"text": "a cat", "label": null}', "no label"),
+     ('{"text": " ", "label": "pos"}', "empty"),
      ('{"text": "a cat", "label": 0.5}', "0.5"), ('{"text": "a cat", "label": "odd"}', "3 labels")],
 )  # fmt: skip
 def test_a_bad_row_stops_before_training(
@@ -204,6 +205,27 @@ def test_a_bad_row_stops_before_training(
     assert f"{data}:49" in ran.err
     given = config(place / "cls", place / "s.jsonl", "sequence-classification", tmp_path / "out")
     assert train(dataclasses.replace(given, steps=1)).steps == 1, "what was refused blocks nothing"
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "column"),
+    [("cls", "sequence-classification", "label"), ("number", "regression", "label"),
+     ("words", "token-classification", "words"),
+     ("causal", 'prompt{template="{text} {second}"}', "second")],
+)  # fmt: skip
+def test_a_missing_column_is_named_with_those_there(
+    place: Path, tmp_path: Path, model: str, objective: str, column: str
+) -> None:
+    row = {"text": "a cat", "stars": "5", **({"label": "x"} if column == "second" else {})}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "a.txt").write_text("a cat\n")
+    with pytest.raises(UsageError, match=f"no '{column}'") as caught:
+        train(config(place / model, tmp_path / "a.jsonl", objective, tmp_path / "out"))
+    assert "read as jsonl" in str(caught.value) and "stars" in str(caught.value.fix)
+    assert f"--columns {column}=NAME" in str(caught.value.fix)
+    with pytest.raises(UsageError, match="read as text") as caught:
+        train(config(place / model, tmp_path / "a.txt", objective, tmp_path / "out"))
+    assert "give JSONL or CSV" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(

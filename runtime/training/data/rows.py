@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ class Row:
     Attributes:
         fields: values by column.
         place: ``file:line``, or ``file row 7`` where lines say nothing.
+        form: the format it was read as, as :func:`format_of` says.
     """
 
     fields: Mapping[str, Any]
     place: str
+    form: str = ""
 
     def text(self, column: str) -> str:
         """The text in ``column``.
@@ -46,12 +48,20 @@ class Row:
         if isinstance(found, str) and found.strip():
             return found
         if column not in self.fields:
-            near = nearest(column, map(str, self.fields))
-            raise UsageError(f"the row has no {column!r}", where=self.place,
-                             fix=f"{near}; name the column: --columns {column}=NAME")  # fmt: skip
+            raise self.missing(column)
         what = "is empty" if found is None or found == "" or isinstance(found, str) else (
             f"is {found!r}, which is no text")  # fmt: skip
         raise UsageError(f"{column!r} {what}", where=self.place, fix="fill it, or drop the row")
+
+    def missing(self, column: str) -> UsageError:
+        """The error for a row without ``column``."""
+        where = f"{self.place}, read as {self.form}" if self.form else self.place
+        if self.form == "text":
+            fix = f"text has no columns: give JSONL or CSV with {column!r}, and call the file so"
+        else:
+            near = nearest(column, map(str, self.fields))
+            fix = f"{near}; name the column: --columns {column}=NAME"
+        return UsageError(f"the row has no {column!r}", where=where, fix=fix)
 
 
 def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:
@@ -112,12 +122,13 @@ def _json_lines(path: Path) -> Iterator[Row]:
         if not isinstance(fields, dict):
             what = f"a JSON object is wanted, not {type(fields).__name__}"
             raise UsageError(what, where=place, fix=JSON_FIX)
-        yield Row(fields, place)
+        yield Row(fields, place, "jsonl")
 
 
 def _csv(path: Path) -> Iterator[Row]:
     lines = (f"{line}\n" for _, line in _lines(path))
-    reader = csv.reader(lines, delimiter="\t" if format_of(path) == "tsv" else ",", strict=True)
+    form = format_of(path)
+    reader = csv.reader(lines, delimiter="\t" if form == "tsv" else ",", strict=True)
     header: list[str] | None = None
     last = 0
     try:
@@ -134,7 +145,7 @@ def _csv(path: Path) -> Iterator[Row]:
                 what = f"the row has {len(values)} fields, the header {len(header)}"
                 raise UsageError(what, where=place, fix="complete it, or quote fields with commas")
             else:
-                yield Row(dict(zip(header, values, strict=True)), place)
+                yield Row(dict(zip(header, values, strict=True)), place, form)
     except csv.Error as error:
         place = f"{path}:{last + 1}"
         raise UsageError(f"not CSV: {error}", where=place, fix="close the quote") from None
@@ -149,7 +160,7 @@ def _paragraphs(path: Path) -> Iterator[Row]:
             start = start if block else number
             block.append(line)
         elif block:
-            yield Row({"text": "\n".join(block), DOCUMENT: 0}, f"{path}:{start}")
+            yield Row({"text": "\n".join(block), DOCUMENT: 0}, f"{path}:{start}", "text")
             block = []
 
 
@@ -181,7 +192,8 @@ def _folder(path: Path) -> Iterator[Row]:
 
 
 def _numbered(rows: Iterator[Mapping[str, Any]], path: Path) -> Iterator[Row]:
-    return (Row(fields, f"{path} row {number}") for number, fields in enumerate(rows, 1))
+    form = format_of(path)
+    return (Row(fields, f"{path} row {number}", form) for number, fields in enumerate(rows, 1))
 
 
 def _datasets() -> Any:
@@ -202,7 +214,7 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
             raise UsageError(f"the row has no {given!r}", where=row.place,
                              fix=nearest(given, map(str, fields)))  # fmt: skip
         fields[wanted] = fields[given]
-    return Row(fields, row.place)
+    return replace(row, fields=fields)
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

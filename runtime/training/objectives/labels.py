@@ -178,7 +178,9 @@ def label_text(row: Row) -> str:
     Raises:
         UsageError: naming the place of a row without one.
     """
-    found = row.fields.get("label")
+    if "label" not in row.fields:
+        raise row.missing("label")
+    found = row.fields["label"]
     if found is None or isinstance(found, (bool, float, list, dict)) or str(found).strip() == "":
         shown = "no label" if found is None else f"the label {found!r}"
         raise UsageError(f"the row has {shown}", where=row.place, fix="a name or a whole number")
@@ -236,9 +238,12 @@ def _word_output(program: Program) -> str | None:
 
 def _pairs(row: Row) -> tuple[list[str], list[Any]]:
     """The words of a row and their labels."""
-    words, labels = row.fields.get("words"), row.fields.get("labels")
+    for column in TokenClassification.columns:
+        if column not in row.fields:
+            raise row.missing(column)
+    words, labels = row.fields["words"], row.fields["labels"]
     if not isinstance(words, list) or not isinstance(labels, list) or not words:
-        raise UsageError("the row lacks words or labels", where=row.place,
+        raise UsageError("words and labels are lists", where=row.place,
                          fix='{"words": ["Ada", "lives"], "labels": ["PER", "O"]}')  # fmt: skip
     if len(words) != len(labels):
         raise UsageError(f"{len(words)} words and {len(labels)} labels", where=row.place,
@@ -247,11 +252,14 @@ def _pairs(row: Row) -> tuple[list[str], list[Any]]:
 
 
 def _number(row: Row) -> float:
+    if "label" not in row.fields:
+        raise row.missing("label")
     try:
         found = float(row.fields["label"])
-    except (KeyError, TypeError, ValueError):
+    except (TypeError, ValueError):
         found = math.nan
     if not math.isfinite(found):
-        shown = repr(row.fields.get("label"))
-        raise UsageError(f"the label {shown} is no number", where=row.place, fix='"label": 0.5')
+        raise UsageError(
+            f"the label {row.fields['label']!r} is no number", where=row.place, fix='"label": 0.5'
+        )
     return found

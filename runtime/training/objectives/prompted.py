@@ -199,5 +199,5 @@ def _ends(ids: list[int], scene: Scene) -> bool:
 
 def _value(name: str, values: Mapping[str, object], row: Row) -> str:
     if name not in values:
-        raise UsageError(f"the row has no {name!r}", where=row.place, fix="correct the template")
+        raise row.missing(name)
     return str(values[name])
