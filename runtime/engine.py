@@ -7,9 +7,10 @@ everything above (embedding, generating, evaluating, measuring) is written once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,7 +23,10 @@ from ftc.graph.program import Program
 from ftc.graph.sources import capture
 from ftc.graph.words import plural
 
+from .compiled import compile_errors
+
 EngineName = Literal["onnx", "torch"]
+Device = Literal["cpu", "cuda"]
 MODEL = "model.onnx"
 
 
@@ -51,25 +55,48 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class TorchEngine:
-    """The graph in torch, without gradients."""
+    """The graph in torch, without gradients.
+
+    Attributes:
+        program: what runs; its tensors are on ``device``.
+        device: where it runs; inputs are moved there, and outputs back.
+        compiled: through torch.compile, once for all shapes.
+    """
 
     program: Program
+    device: str = "cpu"
+    compiled: bool = False
+
+    @cached_property
+    def _run(self) -> Callable[..., Any]:
+        module = self.program.module
+        if not self.compiled:
+            return module
+        _ = module.code  # compiled by fx before torch.compile looks at it
+        compiled: Callable[..., Any] = torch.compile(module, dynamic=True)
+        return compiled
 
     @property
     def label(self) -> str:
         """``torch 2.13.0, 2 threads``"""
-        version = torch.__version__.split("+")[0]
+        version = torch.__version__.split("+")[0] + (", compiled" if self.compiled else "")
+        if self.device != "cpu":
+            return f"torch {version}, {torch.cuda.get_device_name(self.device)}"
         return f"torch {version}, {plural(torch.get_num_threads(), 'thread')}"
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name.
 
         Raises:
-            UsageError: for inputs that the program does not run on.
+            UsageError: for inputs that the program does not run on, or one that torch.compile
+                cannot compile here.
         """
+        signature = self.program.signature
         try:
-            with torch.no_grad():
-                return self.program(inputs)
+            with torch.no_grad(), compile_errors(self.compiled):
+                given = (tensor.to(self.device) for tensor in signature.bind(inputs))
+                made = self._run(*given)
+                return {n: t.cpu() for n, t in zip(signature.output_names, made, strict=True)}
         except (RuntimeError, IndexError, ValueError) as error:
             raise UsageError(
                 f"the program does not run on these inputs: {str(error).splitlines()[0]}",
@@ -85,29 +112,45 @@ class OnnxEngine:
         program: the program that the file was lowered from.
         path: the file.
         threads: how many; by default those that torch has.
+        device: ``cpu`` or ``cuda``.
     """
 
-    def __init__(self, program: Program, path: Path, threads: int | None = None) -> None:
+    def __init__(
+        self, program: Program, path: Path, threads: int | None = None, device: Device = "cpu"
+    ) -> None:
         import onnxruntime
 
         from .session import OnnxSession
 
         used = threads or torch.get_num_threads()
         self.program = program
-        self.session: Any = OnnxSession(path, threads=used)
+        self.session: Any = OnnxSession(path, threads=used, device=device)
         if set(self.session.output_names) != set(program.signature.output_names):
             raise BundleError(
                 f"{path} gives {', '.join(self.session.output_names)}, and the program beside it "
                 f"{', '.join(program.signature.output_names)}",
                 fix="make the bundle again",
             )
-        self.label = f"onnxruntime {onnxruntime.__version__}, {plural(used, 'thread')}"
+        where = plural(used, "thread") if device == "cpu" else device
+        self.label = f"onnxruntime {onnxruntime.__version__}, {where}"
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name."""
         self.program.signature.bind(inputs)
         found: dict[str, Tensor] = self.session(inputs)
         return found
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UsageError: for one that this machine has not.
+    """
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("this machine has no GPU that torch can use", fix="--device cpu")
+    return device
 
 
 @contextmanager
@@ -139,17 +182,21 @@ def set_threads(threads: int | None) -> None:
 
 
 def open_engine(
-    source: str, engine: EngineName | None = None, *, task: str | None = None, trust: bool = False
-) -> Engine:
+    source: str, engine: EngineName | None = None, *, task: str | None = None, trust: bool = False,
+    device: Device = "cpu", compiled: bool = False,
+) -> Engine:  # fmt: skip
     """Opens what the user named.
 
     Args:
         source: a bundle, or a model that can be captured (in torch only).
         engine: by default onnxruntime for a bundle that has ``model.onnx``, else torch.
         task, trust: as for capture.
+        device: where it runs.
+        compiled: in torch, through torch.compile.
 
     Raises:
-        UsageError: for onnxruntime without a ``model.onnx``.
+        UsageError: for onnxruntime without a ``model.onnx``, ``compiled`` without torch, or a
+            device that is not there.
         SourceError, CaptureError, BundleError: as capture does.
     """
     path = Path(source).expanduser()
@@ -159,13 +206,24 @@ def open_engine(
                 f"{source} is no bundle: there is no {MODEL} to run",
                 fix=f"ftc compile {source} --passes cleanup -o OUT, or --engine torch",
             )
-        return TorchEngine(capture(source, task=task, trust=trust))
+        return _torch_engine(capture(source, task=task, trust=trust), device, compiled)
     program = load_bundle(path)
     lowered = path / MODEL
     if engine == "torch" or (engine is None and not lowered.is_file()):
-        return TorchEngine(program)
+        return _torch_engine(program, device, compiled)
+    if compiled:
+        raise UsageError(f"{MODEL} runs in onnxruntime", fix="--engine torch, or without --compile")
     if not lowered.is_file():
         raise UsageError(
             f"{source} has no {MODEL}", fix=f"ftc export {source} -o FILE.onnx, or --engine torch"
         )
-    return OnnxEngine(program, lowered)
+    return OnnxEngine(program, lowered, device=device)
+
+
+def _torch_engine(program: Program, device: Device, compiled: bool) -> TorchEngine:
+    """The engine, with the program's tensors where it runs."""
+    place = torch_device(device)
+    if place.type != "cpu":
+        program = program.clone()
+        program.module.to(place)
+    return TorchEngine(program, device, compiled)

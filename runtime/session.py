@@ -18,10 +18,14 @@ from torch import Tensor
 from ftc.graph.cached import IN_PLACE
 from ftc.graph.errors import SourceError, UsageError, nearest
 
+from .mapped import without_weights
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _FATAL_ONLY = 4  # errors are raised too
+_FOLDER = "session.model_external_initializers_file_folder_path"
 
 _KINDS = {
     "tensor(float)": torch.float32,
@@ -42,20 +46,25 @@ class OnnxSession:
     Args:
         model: path of a file, or a model in memory of less than 2 GB.
         threads: how many one operator may use; by default onnxruntime decides.
+        device: ``cpu``, or ``cuda`` where onnxruntime has its provider; what that has no kernel
+            for runs on the processor, as onnxruntime decides.
 
     Attributes:
         input_names, output_names: in the model's order.
         input_shapes: sizes and names of dynamic dimensions, by input.
-        in_place: whether past and present of a cache may be one buffer.
+        in_place: whether past and present of a cache may be one buffer, which is memory of
+            the processor.
 
     Raises:
         SourceError: when the file is missing or onnxruntime refuses it.
+        UsageError: for a device that this onnxruntime has no provider for.
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] | ir.Model, threads: int | None = None
-    ) -> None:
-        self._session = _open(model, threads)
+        self, model: str | os.PathLike[str] | ir.Model, threads: int | None = None,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self._session = _open(model, threads, _providers(device))
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self.input_names: tuple[str, ...] = tuple(i.name for i in inputs)
         self.output_names: tuple[str, ...] = tuple(o.name for o in outputs)
@@ -64,7 +73,7 @@ class OnnxSession:
         }
         self._kinds = {i.name: _KINDS.get(i.type) for i in inputs}
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self.in_place: bool = IN_PLACE in metadata.items()
+        self.in_place: bool = IN_PLACE in metadata.items() and device == "cpu"
 
     def run(self, inputs: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> dict[str, Tensor]:
         """Outputs by name.
@@ -204,7 +213,19 @@ class Binding:
         self._arrays[name] = array
 
 
-def _open(model: Any, threads: int | None) -> Any:
+def _providers(device: str) -> list[str]:
+    """Onnxruntime's names of what computes, the first where it can."""
+    import onnxruntime
+
+    if device == "cuda" and _CUDA not in onnxruntime.get_available_providers():
+        raise UsageError(
+            f"onnxruntime {onnxruntime.__version__} has no {_CUDA} here",
+            fix="pip install onnxruntime-gpu in place of onnxruntime, or --device cpu",
+        )
+    return [_CUDA, _CPU] if device == "cuda" else [_CPU]
+
+
+def _open(model: Any, threads: int | None, providers: list[str]) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -217,13 +238,14 @@ def _open(model: Any, threads: int | None) -> Any:
         where = str(path)
         if not path.is_file():
             raise SourceError(f"no ONNX file {path}", fix="write one with `ftc export`")
-        source: Any = str(path)
+        source: Any = without_weights(path) or str(path)  # which onnxruntime refuses, with a reason
+        options.add_session_config_entry(_FOLDER, str(path.absolute().parent))
     else:
         from onnx_ir import to_proto
 
         source = to_proto(model).SerializeToString()
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=providers)
     except Exception as error:
         raise SourceError(
             f"onnxruntime cannot load the model: {_reason(error)}",

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftc.graph.errors import UsageError
 from ftc.runtime.chat import Chat
 from ftc.runtime.compile import compile_model
 from ftc.runtime.continuation import Asked, Saying, generate
@@ -177,3 +178,28 @@ def test_stop_strings_on_the_command_line(bundle, command: Command):
                   "--json")  # fmt: skip
     assert ran.data["continuations"] == [whole[: whole.find(stop)]]
     assert command("run", bundle, "--text", "the cat", "--stop", "").status == 2
+
+
+def test_a_device_or_a_compiler_that_is_not_there(bundle, monkeypatch):
+    """What is asked for is there, or refused: nothing else runs in its place."""
+    import onnxruntime
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    for engine in ("onnx", "torch"):
+        with pytest.raises(UsageError, match=r"GPU|CUDA") as caught:
+            open_engine(str(bundle), engine, device="cuda")
+        assert "--device cpu" in caught.value.fix
+    with pytest.raises(UsageError, match="onnxruntime"):
+        open_engine(str(bundle), "onnx", compiled=True)
+
+
+def test_compiled_says_the_same(bundle):
+    """Through torch.compile, its graph run as it is: no compiler is needed for that."""
+    plain = open_engine(str(bundle), "torch")
+    wanted = "".join(generate(plain, "the cat", Asked(6)))
+    compiled = open_engine(str(bundle), "torch", compiled=True)
+    object.__setattr__(compiled, "_run", torch.compile(compiled.program.module, backend="eager",
+                                                       dynamic=True))  # fmt: skip
+    assert "".join(generate(compiled, "the cat", Asked(6))) == wanted
+    assert "compiled" in compiled.label

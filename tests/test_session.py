@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ftc.graph.errors import PromiseError, SourceError, UsageError
@@ -15,6 +18,7 @@ from ftc.graph.program import Program
 from ftc.passes.pipeline import Pipeline
 from ftc.runtime.lower import lower, save_onnx
 from ftc.runtime.lowering import file
+from ftc.runtime.mapped import without_weights
 from ftc.runtime.parity import check_parity, parity, rounding_noise, three_way
 from ftc.runtime.session import OnnxSession
 from ftc.tests.tiny import custom, tiny
@@ -179,3 +183,30 @@ def test_three_ways_agree() -> None:
     found = three_way(model, program, OnnxSession(lower(program)), program.signature.probe())
     assert set(found) == {"eager-graph", "graph-onnx", "eager-onnx"}
     assert max(found.values()) < 1e-5
+
+
+def test_weights_stay_in_the_file(tmp_path: Path) -> None:
+    """A file is opened without its large weights, and computes what the model in memory does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(160, 160), nn.Linear(160, 4))
+    program = custom(model, input=torch.randn(2, 160))
+    lowered = lower(program)
+    save_onnx(lowered, tmp_path / "model.onnx")
+    slim = without_weights(tmp_path / "model.onnx")
+    assert slim is not None and len(slim) < (tmp_path / "model.onnx").stat().st_size - 100_000
+    first = onnx.load_from_string(slim).graph.initializer
+    outside = [t for t in first if t.data_location == onnx.TensorProto.EXTERNAL]
+    assert [list(t.dims) for t in outside] == [[160, 160]]
+    probe = program.signature.probe()
+    inside, mapped = OnnxSession(lowered)(probe), OnnxSession(tmp_path / "model.onnx")(probe)
+    for name, value in inside.items():
+        torch.testing.assert_close(mapped[name], value, atol=1e-6, rtol=1e-6)
+
+
+@given(st.binary(max_size=60))
+def test_a_file_that_is_no_model_is_refused(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match="cannot load"):
+            OnnxSession(path)

@@ -148,7 +148,7 @@ def test_a_table_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_error_of_the_compiler_says_what_to_leave_out() -> None:
     from torch._inductor.exc import InductorError
 
-    from ftc.runtime.training.compiled import compile_errors
+    from ftc.runtime.compiled import compile_errors
 
     def fail() -> None:
         raise InductorError(RuntimeError("no compiler"), None)

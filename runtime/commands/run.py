@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, help="The same seed draws the same tokens.")
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Ends before this text.")
 @click.option("--chat", is_flag=True, help="Converse: each text, or each line typed, is a turn.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="In torch: through torch.compile.")
 @threads_option
 def run(
     output: Output,
@@ -59,6 +61,8 @@ def run(
     seed: int,
     stops: tuple[str, ...],
     chat: bool,
+    device: Literal["cpu", "cuda"],
+    compiled: bool,
     threads: int | None,
 ) -> None:
     """Ask a compiled program: an embedding, a filled gap, a continuation, a label."""
@@ -72,7 +76,7 @@ def run(
     asked = Asked(most, Sampling(temperature, top_k, top_p, penalty, seed), stops)
     set_threads(threads)
     output.say(f"opening {out}")
-    opened = open_engine(out, engine)
+    opened = open_engine(out, engine, device=device, compiled=compiled)
     if tensors is not None:
         return output.show(answer.answer_tensors(opened, Path(tensors)), answer.render_answer)
     if chat:

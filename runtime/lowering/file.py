@@ -60,10 +60,10 @@ def _write(model: ir.Model, file: IO[bytes]) -> None:
     weights = [(_header(tensor), tensor) for tensor in _weights(model)]
     total = len(graph) + sum(_field_size(_tensor_size(h, t.nbytes)) for h, t in weights)
     file.write(_model_without_graph(model))
-    file.write(_MODEL_GRAPH + _varint(total) + graph)
+    file.write(_MODEL_GRAPH + varint(total) + graph)
     for header, tensor in weights:
-        file.write(_GRAPH_INITIALIZER + _varint(_tensor_size(header, tensor.nbytes)) + header)
-        file.write(_TENSOR_RAW_DATA + _varint(tensor.nbytes))
+        file.write(_GRAPH_INITIALIZER + varint(_tensor_size(header, tensor.nbytes)) + header)
+        file.write(_TENSOR_RAW_DATA + varint(tensor.nbytes))
         tensor.tofile(file)  # type: ignore[attr-defined]
 
 
@@ -103,10 +103,10 @@ def _tensor_size(header: bytes, nbytes: int) -> int:
 
 def _field_size(length: int) -> int:
     """A one-byte tag, the length, the contents."""
-    return 1 + len(_varint(length)) + length
+    return 1 + len(varint(length)) + length
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
     """Protobuf's integers: seven bits a byte, the lowest first, a high bit for "more"."""
     out = bytearray()
     while number > 127:

@@ -22,6 +22,7 @@ from ftc.graph import shapes
 from ftc.graph.errors import UsageError
 from ftc.graph.fold import Folded, fold
 from ftc.graph.program import Program
+from ftc.runtime.engine import torch_device
 
 from .modules import in_mode, move, running_buffers, trainable
 from .objectives.base import Batch, Objective, Scene, hidden_name
@@ -122,9 +123,7 @@ class EngineOptions:
         Raises:
             UsageError: with the fix.
         """
-        device = torch.device(self.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UsageError("this machine has no GPU that torch can use", fix="--device cpu")
+        device = torch_device(self.device)
         if self.precision == "bf16" and device.type == "cpu" and not _has_bf16():
             raise UsageError("this processor has no bfloat16 arithmetic: training would be about "
                              "30 times slower", fix="--precision fp32")  # fmt: skip

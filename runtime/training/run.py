@@ -20,12 +20,12 @@ from ftc.graph.bundle import load_bundle, save_bundle
 from ftc.graph.cost import cost
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
+from ftc.runtime.compiled import compile_errors
 from ftc.runtime.console import count, duration
 from ftc.runtime.engine import set_threads
 from ftc.runtime.memory import peak_memory, release
 
 from .checkpoint import has_checkpoint
-from .compiled import compile_errors
 from .config import TrainConfig
 from .data.encoder import Encoder
 from .data.order import Order
