@@ -50,3 +50,7 @@ def ftc() -> None:
 def main() -> None:
     """The entry point of ``ftc``."""
     sys.exit(run_command(ftc, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

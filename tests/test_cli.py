@@ -65,6 +65,16 @@ def test_help_answers_at_once() -> None:
     assert listed == list(commands.NAMES)
 
 
+@pytest.mark.parametrize("module", ["ftc", "ftc.cli"])
+def test_python_runs_the_package_as_the_command(module: str) -> None:
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", module, *args], capture_output=True, text=True)
+
+    right, wrong = run("passes", "int8"), run("pases")
+    assert right.returncode == 0 and "int8" in right.stdout
+    assert wrong.returncode == 2 and "did you mean passes" in wrong.stderr
+
+
 def test_every_file_of_commands_is_a_command() -> None:
     files = {p.stem for p in Path(commands.__file__).parent.glob("*.py")}
     assert files - {"__init__", "options"} == set(commands.NAMES)

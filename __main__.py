@@ -1,0 +1,5 @@
+"""``python -m ftc``: the command line."""
+
+from ftc.cli import main
+
+main()
