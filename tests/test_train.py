@@ -305,6 +305,35 @@ def test_a_program_that_does_not_fit_is_refused(place: Path, tmp_path: Path) -> 
             train(config(place / model, place / "s.jsonl", objective, tmp_path / "out"))
 
 
+HEADS = [
+    ("BertForNextSentencePrediction", None, "nsp", None),
+    ("BertForSequenceClassification", None, "mlm", None),
+    ("BertForPreTraining", "feature-extraction", "mlm", {"task": "masked-lm"}),
+    ("BertModel", None, "token-classification",
+     {"passes": "head{labels=2,task=token-classification}"}),
+    ("BertForMaskedLM", None, "token-classification",
+     {"passes": "head{labels=2,task=token-classification}"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("head", "task", "objective", "fix"), HEADS)
+def test_a_fix_names_heads_that_the_model_has(
+    place: Path, tmp_path: Path, head: str, task: str | None, objective: str,
+    fix: dict[str, str] | None,
+) -> None:  # fmt: skip
+    source = encoder(tmp_path / "model", head)
+    data = "w.jsonl" if objective == "token-classification" else "p.txt"
+    given = config(source, place / data, objective, "", task=task, length=32, steps=0)
+    with pytest.raises(UsageError) as caught:
+        train(given)
+    said = str(caught.value.fix)
+    if fix is None:
+        assert "--task" not in said and "take a model" in said and "For" in said
+    else:
+        assert next(iter(fix.values())) in said
+        assert train(dataclasses.replace(given, **fix)).before is not None
+
+
 def test_every_key_is_an_option() -> None:
     options = {p.name for p in cli.get_command(None, "train").params}  # type: ignore[union-attr]
     keys = {field.name for field in dataclasses.fields(TrainConfig)}

@@ -59,6 +59,19 @@ def default_task(config: Any) -> tuple[str, str | None]:
     return FEATURES, None
 
 
+def tasks_of(architectures: Any) -> frozenset[str]:
+    """The tasks a model has trained heads for, as ``architectures`` of its config.json says."""
+    named = architectures if isinstance(architectures, list) else []
+    found = {task for name in map(str, named)
+             for suffix, task in _SUFFIXES.items() if name.endswith(suffix)}  # fmt: skip
+    return frozenset(found | ({"masked-lm"} if "pretraining" in found else set()))
+
+
+def endings(task: str) -> str:
+    """How names of architectures with a head for ``task`` end, in words."""
+    return " or ".join(f"…{suffix}" for suffix, known in _SUFFIXES.items() if known == task)
+
+
 def auto_class(task: str) -> Any:
     """The class of transformers that loads a model for ``task``.
 

@@ -141,11 +141,12 @@ def _labels(
     if len(found) == 1:
         raise UsageError(f"all rows have the label {found[0]!r}: there is nothing to tell apart",
                          where=firsts[found[0]], fix="give rows of another label too")  # fmt: skip
+    task = f",task={objective.name}" * isinstance(objective, TokenClassification)
     surplus = [f"{name!r} first at {place}" for name, place in firsts.items()][width:]
     raise UsageError(
         f"the data has {len(found)} labels, the program {width}",
         where="; ".join([f"labels: {', '.join(found[:12])}", *surplus[:3]]),
-        fix=f"a head with {len(found)}: --passes head{{labels={len(found)}}}",
+        fix=f"a head with {len(found)}: --passes head{{labels={len(found)}{task}}}",
     )
 
 

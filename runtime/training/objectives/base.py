@@ -21,8 +21,9 @@ from torch import Tensor, fx
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.signature import Signature
-from ftc.graph.sources.tasks import FEATURES
+from ftc.graph.sources.tasks import FEATURES, endings, tasks_of
 from ftc.passes.text import format_pass
+from ftc.runtime.predict import asset
 from ftc.runtime.text import IDS
 from ftc.runtime.training.data.encoder import Encoder
 from ftc.runtime.training.data.rows import Row
@@ -147,7 +148,12 @@ def hidden_name(index: int) -> str:
 
 
 def token_output(signature: Signature) -> str | None:
-    """The output with scores of the vocabulary for each token, ``[batch, sequence, tokens]``."""
+    """The output with scores of the vocabulary for each token, ``[batch, sequence, tokens]``.
+
+    States of a wide model have that shape too, so a program captured for features has none.
+    """
+    if signature.task == FEATURES:
+        return None
     tokens = next((spec for spec in signature.inputs if spec.name == IDS), None)
     for spec in signature.outputs:
         if tokens is None or len(spec.shape) != 3 or spec.shape[:2] != tokens.shape:
@@ -174,6 +180,20 @@ def refused(objective: Objective, program: Program, needs: str, fix: str) -> Usa
     """The error for a program without the output that an objective needs."""
     outputs = ", ".join(f"{s.name} {list(s.shape)}" for s in program.signature.outputs)
     return UsageError(f"{objective.name} needs {needs}", where=f"outputs: {outputs}", fix=fix)
+
+
+def recapture(program: Program, *tasks: str) -> str:
+    """The fix for a program without a head for any of ``tasks``: the one that its model has.
+
+    A head that the model was not trained with cannot be captured.
+    """
+    config = asset(program, "config.json")
+    trained = tasks_of(config.get("architectures")) if isinstance(config, dict) else frozenset()
+    if program.assets is not None and program.assets.is_file():  # a GGUF file has no other
+        trained = frozenset({"causal-lm"})
+    if found := [task for task in tasks if task in trained and task != program.signature.task]:
+        return f"capture the model with --task {found[0]}"
+    return f"take a model that was trained with one: {' or '.join(map(endings, tasks))}"
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignored: int = -100) -> Tensor:

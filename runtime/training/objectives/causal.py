@@ -24,7 +24,17 @@ from ftc.runtime.training.data.encoder import IGNORED
 from ftc.runtime.training.data.rows import DOCUMENT, Row
 from ftc.runtime.training.data.table import Column, Table, Values
 
-from .base import Batch, Draw, Objective, Scene, Tensors, cross_entropy, refused, token_output
+from .base import (
+    Batch,
+    Draw,
+    Objective,
+    Scene,
+    Tensors,
+    cross_entropy,
+    recapture,
+    refused,
+    token_output,
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,8 @@ class Causal(Objective):
     def check(self, program: Program) -> None:
         """Needs scores of the vocabulary, of a model that sees nothing to the right."""
         if program.signature.task != "causal-lm" or token_output(program.signature) is None:
-            raise refused(self, program, "a causal language model", "capture it with --task "
-                          "causal-lm")  # fmt: skip
+            raise refused(self, program, "a causal language model",
+                          recapture(program, "causal-lm"))  # fmt: skip
 
     def encode(self, rows: Sequence[Row], scene: Scene) -> Iterable[Mapping[str, Values]]:
         """The tokens of each row; the paragraphs of one document stay together."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Program
+from ftc.graph.sources.tasks import FEATURES
 from ftc.runtime.training.data.encoder import IGNORED, Encoder, stack
 from ftc.runtime.training.data.rows import Row
 from ftc.runtime.training.data.table import Table, Values
@@ -128,7 +129,8 @@ class TokenClassification(Objective):
         """Needs a row of scores for each token."""
         if _word_output(program) is None:
             raise refused(self, program, "a row of scores for each token",
-                          "capture the model with --task token-classification")  # fmt: skip
+                          "add a head, for two labels: --passes "
+                          "head{labels=2,task=token-classification}")  # fmt: skip
 
     def labels(self, rows: Sequence[Row], known: tuple[str, ...]) -> tuple[str, ...]:
         """The model's own names, or those in the data, in order."""
@@ -230,6 +232,8 @@ def _scores(outputs: Tensors, scene: Scene) -> Tensor:
 
 
 def _word_output(program: Program) -> str | None:
+    if program.signature.task == FEATURES:
+        return None
     for spec in program.signature.outputs:
         if len(spec.shape) == 3 and isinstance(spec.shape[2], int):
             return spec.name

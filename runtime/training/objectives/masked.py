@@ -22,7 +22,17 @@ from ftc.runtime.training.data.encoder import IGNORED, stack
 from ftc.runtime.training.data.rows import Row
 from ftc.runtime.training.data.table import Table, Values
 
-from .base import Batch, Draw, Objective, Scene, Tensors, cross_entropy, refused, token_output
+from .base import (
+    Batch,
+    Draw,
+    Objective,
+    Scene,
+    Tensors,
+    cross_entropy,
+    recapture,
+    refused,
+    token_output,
+)
 
 _MASKED, _RANDOM = 0.8, 0.1
 
@@ -49,7 +59,7 @@ class Masked(Objective):
         """Needs scores of the vocabulary for each token."""
         if program.signature.task == "causal-lm" or token_output(program.signature) is None:
             raise refused(self, program, "scores of the vocabulary for each token",
-                          "capture the model with --task masked-lm")  # fmt: skip
+                          recapture(program, "masked-lm"))  # fmt: skip
 
     def encode(self, rows: Sequence[Row], scene: Scene) -> Iterable[Mapping[str, Values]]:
         """Rows of at most ``length`` tokens; a longer text makes several."""
@@ -92,7 +102,7 @@ class NextSentence(Objective):
         """Needs two scores for each text."""
         if pair_output(program) is None:
             raise refused(self, program, "two scores for each pair of texts",
-                          "capture the model with --task pretraining")  # fmt: skip
+                          recapture(program, "pretraining"))  # fmt: skip
 
     def encode(self, rows: Sequence[Row], scene: Scene) -> Iterable[Mapping[str, Values]]:
         """Segments, the words of each token, and whether the next segment goes on."""
@@ -167,7 +177,7 @@ class Pretraining(NextSentence):
         """Needs both heads."""
         if token_output(program.signature) is None or pair_output(program) is None:
             raise refused(self, program, "scores of the vocabulary and two for each pair",
-                          "capture the model with --task pretraining")  # fmt: skip
+                          recapture(program, "pretraining"))  # fmt: skip
 
     def encode(self, rows: Sequence[Row], scene: Scene) -> Iterable[Mapping[str, Values]]:
         """Segments, with whole words where asked for."""

@@ -32,6 +32,7 @@ from .base import (
     Tensors,
     cross_entropy,
     first_tokens,
+    recapture,
     refused,
     token_output,
 )
@@ -69,7 +70,7 @@ class Prompt(Objective):
         """Needs scores of the vocabulary, and a mask in the template where the model fills gaps."""
         if token_output(program.signature) is None:
             raise refused(self, program, "scores of the vocabulary for each token",
-                          "capture the model with --task causal-lm or masked-lm")  # fmt: skip
+                          recapture(program, "causal-lm", "masked-lm"))  # fmt: skip
         if self._masked(program) != (_MASK in _HOLE.findall(self.template)):
             fix = 'template="{text} It was {mask}."' if self._masked(program) else "leave it out"
             raise UsageError("{mask} is for models that fill gaps, and needed there",
