@@ -178,6 +178,9 @@ def test_a_dry_run_computes_a_step_and_writes_nothing(
         ({"weight_decay": -0.1}, "0 or more"),
         ({"beta2": 1.0}, "[0, 1)"),
         ({"tensorboard": __file__}, "a folder"),
+        ({"columns": "review=text"}, "text=review"),
+        ({"columns": "txet=review"}, "did you mean text"),
+        ({"columns": "text=a,text=b"}, "twice"),
     ],
 )
 def test_a_wrong_configuration_is_refused_at_once(change: dict[str, Any], message: str) -> None:
@@ -185,6 +188,16 @@ def test_a_wrong_configuration_is_refused_at_once(change: dict[str, Any], messag
     with pytest.raises(UsageError) as caught:
         TrainConfig.of({**values, **change})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "columns"),
+    [("clm", "document=book"), ("regression", "label=stars,second=b"),
+     ("distillation", "second=b"), ('prompt{template="{text} by {author}: "}', "author=name")],
+)  # fmt: skip
+def test_what_an_objective_may_read_can_be_renamed(objective: str, columns: str) -> None:
+    values = {"program": "p", "data": "d", "objective": objective, "out": "o"}
+    assert TrainConfig.of({**values, "columns": columns}).columns_map()
 
 
 @pytest.mark.parametrize(

@@ -173,9 +173,8 @@ class TrainConfig:
             kind = kind_of(self.pipeline)
             check_microbatches(kind, self.per_batch * self.accumulate, mesh.pp)
             check_options(kind, sharded=mesh.fsdp > 1, compiled=self.compile)
-        self.made_objective()
         Pipeline.parse(self.passes)
-        self.columns_map()
+        self._check_columns(where)
         self.engine_options().check()
 
     def made_objective(self) -> Objective:
@@ -202,7 +201,25 @@ class TrainConfig:
         for wanted, equals, given in parts:
             if not (wanted and equals and given):
                 raise UsageError(f"columns is {self.columns!r}", fix="text=review,label=stars")
-        return {wanted.strip(): given.strip() for wanted, _, given in parts}
+        found = {wanted.strip(): given.strip() for wanted, _, given in parts}
+        if len(found) < len(parts):
+            raise UsageError(f"columns is {self.columns!r}: a column is named twice",
+                             fix="text=review,label=stars")  # fmt: skip
+        return found
+
+    def _check_columns(self, where: str | None) -> None:
+        """Refuses to rename to what the objective does not read."""
+        objective = self.made_objective()
+        known = (*objective.columns, *objective.optional)
+        for wanted, given in self.columns_map().items():
+            if wanted not in known:
+                near = f"{wanted}={given} makes a column {wanted}: "
+                fix = f"{given}={wanted}" if given in known else nearest(wanted, known)
+                raise UsageError(
+                    f"{objective.name} reads no column {wanted!r}",
+                    where=where or f"columns is {self.columns!r}",
+                    fix=near + fix,
+                )
 
     def total_steps(self, per_epoch: int) -> int:
         """Steps of the run."""

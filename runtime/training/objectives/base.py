@@ -85,11 +85,13 @@ class Objective(ABC):
     Attributes:
         name: in text, as of a pass: ``mlm{share=0.2}``.
         columns: what a row must have.
+        optional: what is read of a row that has it.
         cuts: whether of a text longer than a row only the beginning is used.
     """
 
     name: ClassVar[str]
     columns: ClassVar[tuple[str, ...]] = ("text",)
+    optional: ClassVar[tuple[str, ...]] = ()
     cuts: ClassVar[bool] = False
 
     @property

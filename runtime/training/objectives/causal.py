@@ -42,6 +42,7 @@ class Causal(Objective):
     """Predict the next token."""
 
     name: ClassVar[str] = "clm"
+    optional: ClassVar[tuple[str, ...]] = (DOCUMENT,)
 
     def check(self, program: Program) -> None:
         """Needs scores of the vocabulary, of a model that sees nothing to the right."""

@@ -23,7 +23,7 @@ from ftc.runtime.training.data.rows import Row
 from ftc.runtime.training.data.table import Table, Values
 
 from .base import Batch, Draw, Objective, Scene, Tensors, hidden_name
-from .labels import encode_texts
+from .labels import PAIR, encode_texts
 
 _SCORES = ("masked-lm", "pretraining", "causal-lm", "sequence-classification",
            "token-classification")  # fmt: skip
@@ -39,6 +39,7 @@ class Distillation(Objective):
     """
 
     name: ClassVar[str] = "distillation"
+    optional: ClassVar[tuple[str, ...]] = (PAIR,)
 
     temperature: float = 2.0
     hidden: float = 0.0

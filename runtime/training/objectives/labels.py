@@ -38,6 +38,7 @@ class Classification(Objective):
 
     name: ClassVar[str] = "sequence-classification"
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
+    optional: ClassVar[tuple[str, ...]] = (PAIR,)
     cuts: ClassVar[bool] = True
 
     def check(self, program: Program) -> None:
@@ -86,6 +87,7 @@ class Regression(Objective):
 
     name: ClassVar[str] = "regression"
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
+    optional: ClassVar[tuple[str, ...]] = (PAIR,)
     cuts: ClassVar[bool] = True
 
     def check(self, program: Program) -> None:

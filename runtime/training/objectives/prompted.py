@@ -61,6 +61,8 @@ class Prompt(Objective):
         if "text" not in _HOLE.findall(self.template):
             raise UsageError("the template has no {text}", where=self.template,
                              fix='template="{text} Sentiment:"')  # fmt: skip
+        holes = tuple(hole for hole in _HOLE.findall(self.template) if hole != _MASK)
+        object.__setattr__(self, "optional", holes)
         for part in filter(None, self.words.split("|")):
             if "=" not in part:
                 raise UsageError(f"{part!r} gives no word", where=self.words,
