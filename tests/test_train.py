@@ -79,6 +79,7 @@ def test_every_objective_learns(
     report = train(given)
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
+    assert not any("loss_loss" in line for line in lines)
     assert len(losses) == 24 and sum(losses[-8:]) < 0.95 * sum(losses[:8])
     assert report.steps == 24 and report.tokens > 0
 
@@ -352,6 +353,24 @@ def test_every_key_is_an_option() -> None:
     keys = {field.name for field in dataclasses.fields(TrainConfig)}
     assert keys - options == {"beta1", "beta2", "epsilon"}
     assert options - keys == {"config", "resume", "dry_run", "force", "json", "debug"}
+
+
+def test_the_help_says_the_defaults() -> None:
+    params = {p.name: p for p in cli.get_command(None, "train").params}  # type: ignore[union-attr]
+    for field in dataclasses.fields(TrainConfig):
+        value = field.default
+        if field.name in params and value not in (None, "") and not isinstance(value, bool):
+            said = f"{value:g}" if isinstance(value, float) else str(value)
+            assert f"; {said}" in params[field.name].help, field.name
+
+
+def test_steps_or_epochs(command: Command, tmp_path: Path) -> None:
+    ran = command("train", "p", "--data", "d", "--objective", "mlm", "-o", tmp_path / "out",
+                  "--steps", 3, "--epochs", 2)  # fmt: skip
+    assert ran.status == 2 and "give one of them" in ran.err
+    settings = {"program": "p", "data": "d", "objective": "mlm", "out": "o", "steps": 3}
+    made = TrainConfig.of({**settings, "epochs": 2.0}, "train.toml")
+    assert made.total_steps(per_epoch=10) == 3
 
 
 def _scene(place: Path, model: str, length: int = 16) -> Scene:

@@ -67,7 +67,7 @@ class Distillation(Objective):
         rows = table.rows("ids", indices)
         inputs = scene.encoder.inputs(rows, table.rows("types", indices))
         tokens = sum(map(len, rows))
-        counts = {"loss": float(tokens), **({"hidden": float(tokens)} if self.hidden else {})}
+        counts = {"outputs": float(tokens), **({"hidden": float(tokens)} if self.hidden else {})}
         keep = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.bool)
         for index, row in enumerate(rows):
             keep[index, : len(row)] = True
@@ -79,7 +79,9 @@ class Distillation(Objective):
         expected = scene.teacher(batch.inputs)
         keep, scored = batch.targets["keep"], scene.program.signature.task in _SCORES
         names = [name for name in scene.program.signature.output_names if name in expected]
-        parts = {"loss": sum(self._distance(outputs[n], expected[n], keep, scored) for n in names)}
+        parts = {
+            "outputs": sum(self._distance(outputs[n], expected[n], keep, scored) for n in names)
+        }
         if self.hidden:
             parts["hidden"] = self.hidden * self._hidden(outputs, expected, keep)
         return parts  # type: ignore[return-value]
