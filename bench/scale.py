@@ -4,7 +4,7 @@
     python bench/scale.py --timeline   seconds of a step beside the simulated ones, 2, 4 processes
     python bench/scale.py --balance    stages of 24 uneven layers: largest beside the mean
 
-Without one of them all are run; ``--json FILE`` and ``--picture FILE`` keep what was found.
+Without one of them all are run; ``--json FILE`` and ``--png FILE`` keep what was found.
 Every process has one thread. What a timeline is simulated from is measured first: the seconds of
 each stage by as many processes at once as compute in the run, or as there are cores, and what a
 message takes between two. Processes that share cores are simulated so (``simulate(cores=…)``).
@@ -31,7 +31,7 @@ def main() -> None:
     for part in ("memory", "timeline", "balance"):
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--picture", type=Path, metavar="FILE")
+    parser.add_argument("--png", type=Path, metavar="FILE")
     asked = parser.parse_args()
     every = not (asked.memory or asked.timeline or asked.balance)
     found: dict[str, Any] = {}
@@ -48,8 +48,8 @@ def main() -> None:
                       "said {said:.3f}".format(**each))  # fmt: skip
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if asked.picture:
-        draw(found, asked.picture)
+    if asked.png:
+        draw(found, asked.png)
 
 
 def memory(folder: Path) -> dict[str, Any]:
