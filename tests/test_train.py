@@ -302,6 +302,30 @@ def test_words_are_learned_under_the_names_that_the_model_has(tmp_path: Path) ->
     assert f"{data}:1" in str(caught.value) and "did you mean PER" in str(caught.value)
 
 
+def test_names_of_a_datasets_classes_are_the_labels(place: Path, tmp_path: Path) -> None:
+    """In the order of their numbers, or, where the model has names, in the model's."""
+    import datasets
+
+    texts, names = ["the cat runs", "a dog sits", "it is good"], ["pos", "neg"]
+    features = {"text": datasets.Value("string"), "stars": datasets.ClassLabel(names=names)}
+    rows = {"text": texts, "stars": [0, 1, 0]}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(tmp_path / "data")
+    (tmp_path / "a.jsonl").write_text("".join(
+        json.dumps({"text": text, "stars": names[n]}) + "\n"
+        for text, n in zip(texts, rows["stars"], strict=True)
+    ))  # fmt: skip
+    named = encoder(tmp_path / "named", "BertForSequenceClassification", num_labels=2,
+                    id2label={0: "neg", 1: "pos"})  # fmt: skip
+    for source, order in ((place / "cls", names), (named, ["neg", "pos"])):
+        given = config(source, tmp_path / "data", "sequence-classification", tmp_path / "out",
+                       steps=1, columns="label=stars")  # fmt: skip
+        report = train(given, force=True)
+        stored = json.loads((tmp_path / "out/config.json").read_text())["id2label"]
+        assert [stored[str(i)] for i in range(2)] == order
+    again = dataclasses.replace(given, data=str(tmp_path / "a.jsonl"))
+    assert train(again, force=True).first_loss == report.first_loss
+
+
 def test_data_and_metrics_that_are_not_there_are_named(place: Path, tmp_path: Path) -> None:
     given = {"program": place / "cls", "data": place / "s.jsonl", "out": tmp_path / "out",
              "objective": "sequence-classification"}  # fmt: skip

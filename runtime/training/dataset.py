@@ -15,13 +15,13 @@ from ftc.runtime.predict import labels as model_labels
 from .config import TrainConfig
 from .data.encoder import IGNORED
 from .data.order import generator
-from .data.rows import Row, format_of, read_rows
+from .data.rows import Row, class_names, format_of, read_rows
 from .data.table import Examples, Table, cached
 from .objectives.base import Objective, Scene, class_output
 from .objectives.labels import Classification, TokenClassification
 
 _CHUNK = 1000
-_VERSION = 2  # of what is in the cache
+_VERSION = 3  # of what is in the cache
 Say = Callable[[str], object]
 
 
@@ -113,7 +113,12 @@ class _Source:
             self.notes.append(f"{width - found} of the program's {width} labels are in no row")
 
     def _encode(self, path: Path, scene: Scene, known: tuple[str, ...]) -> Table:
-        rows = read_rows(path, self.config.columns_map())[: self.config.limit]
+        columns = self.config.columns_map()
+        rows = read_rows(path, columns)[: self.config.limit]
+        column = self.objective.columns[-1]  # of the labels, where there are some
+        named = class_names(path, columns.get(column, column))
+        if not known and len(named) == _width(self.objective, scene):
+            known = named
         labels = _labels(self.objective, rows, known, scene)
         scene = replace(scene, labels=labels)
         return Table.of(self._examples(rows, scene), {"labels": list(labels)})

@@ -178,6 +178,33 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _folder(path: Path) -> Iterator[Row]:
+    """The rows of a dataset; the numbers of a ``ClassLabel`` become its names."""
+    found = _dataset(path)
+    names = {column: each for column in found.column_names if (each := class_names(path, column))}
+    rows = iter(found)
+    if names:
+        rows = ({c: _named(v, names[c]) if c in names else v for c, v in row.items()}
+                for row in rows)  # fmt: skip
+    return _numbered(rows, path)
+
+
+def class_names(path: Path, column: str) -> tuple[str, ...]:
+    """The names of a column's classes in the order of their numbers, where a dataset keeps them."""
+    if format_of(path) != "folder":
+        return ()
+    feature = _dataset(path).features.get(column)
+    feature = getattr(feature, "feature", feature)  # of a list
+    return tuple(getattr(feature, "names", ()))
+
+
+def _named(value: Any, names: tuple[str, ...]) -> Any:
+    """Numbers as the names that they stand for; others, as the -1 of no label, as they are."""
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def _dataset(path: Path) -> Any:
     """A dataset that ``save_to_disk`` wrote, or one split of several."""
     datasets = _datasets()
     try:
@@ -188,7 +215,7 @@ def _folder(path: Path) -> Iterator[Row]:
     if isinstance(found, datasets.DatasetDict):
         splits = ", ".join(str(path / name) for name in found)
         raise UsageError(f"{path} has several splits", fix=f"name one: {splits}")
-    return _numbered(iter(found), path)
+    return found
 
 
 def _numbered(rows: Iterator[Mapping[str, Any]], path: Path) -> Iterator[Row]:
