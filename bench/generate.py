@@ -224,7 +224,7 @@ def main() -> None:
         help="numbers of them",
     )
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--windows", type=int, default=8, help="of 128 tokens, for perplexity")
+    parser.add_argument("--windows", type=int, default=40, help="of 128 tokens, for perplexity")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE")
     parser.add_argument("--time", help=argparse.SUPPRESS)
