@@ -170,6 +170,15 @@ def test_an_interrupt_saves_first(
     assert _weights(folder, "stopped") == uninterrupted
 
 
+def test_a_run_that_has_ended_is_done(folder: Path, uninterrupted: bytes) -> None:
+    """A script that starts again with ``--resume`` until it is done ends; other options do not."""
+    report = train(_config(folder, "whole"), resume=True)
+    assert report.steps == report.planned and "has ended" in report.notes[-1]
+    assert _weights(folder, "whole") == uninterrupted
+    with pytest.raises(UsageError, match=r"learning_rate=0\.001"):
+        train(_config(folder, "whole", learning_rate=2e-3), resume=True)
+
+
 def test_a_run_that_is_there_is_not_overwritten(folder: Path) -> None:
     (folder / "there.run").mkdir()
     (folder / "there.run" / "data.json").write_text("{}")

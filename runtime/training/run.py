@@ -45,9 +45,11 @@ from .start import (
     CHECKPOINTS,
     CONFIG,
     PROGRAM,
+    REPORT,
     Say,
     captured,
     check_start,
+    ended,
     fresh,
     learning,
     resumed,
@@ -57,7 +59,7 @@ from .start import (
 )
 from .trainer import LAST, Options, Trainer
 
-LOG, REPORT, PICTURE, MODEL_CONFIG = "metrics.jsonl", "train.json", "loss.png", "config.json"
+LOG, PICTURE, MODEL_CONFIG = "metrics.jsonl", "loss.png", "config.json"
 Metrics = Mapping[str, float]
 
 
@@ -69,7 +71,8 @@ def train(
 
     Args:
         config: what, on what, how.
-        resume: go on with the run that was stopped, if there is one.
+        resume: go on with the run that was stopped, if there is one; of one that ended,
+            the report.
         force: replace a bundle or an unfinished run that is there.
         dry_run: do all that comes before the first step, compute that step, and write
             nothing but the tokens in the cache.
@@ -85,6 +88,8 @@ def train(
     check_files(config)
     if dry_run and resume:
         raise UsageError("a dry run has nothing to go on with", fix="leave --resume out")
+    if resume and (report := ended(config)) is not None:
+        return report
     set_threads(config.threads)
     with joined(config) as world:
         if config.steps == 0:

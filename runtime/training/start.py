@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from ftc.runtime.probes import make_context
 from .config import TrainConfig, read_config
 from .modules import in_mode, move
 from .objectives.base import Objective, Tensors, hidden_name
+from .report import TrainReport
 
-PROGRAM, CONFIG, DATA = "program", "train.toml", "data.json"
+PROGRAM, CONFIG, DATA, REPORT = "program", "train.toml", "data.json", "train.json"
 CHECKPOINTS = "checkpoints"
 _FREE = {"out", "threads", "log_every", "tensorboard", "save_every", "trust", "mesh", "pipeline",
          "microbatches", "timeout"}  # fmt: skip
@@ -118,14 +120,35 @@ def resumed(config: TrainConfig) -> Program | None:
     folder = run_folder(config)
     if not (_is_run(folder) and (folder / CONFIG).is_file() and is_bundle(folder / PROGRAM)):
         return None
-    before = TrainConfig.of(read_config(folder / CONFIG), str(folder / CONFIG))
+    _check_same(config, folder / CONFIG)
+    return load_bundle(folder / PROGRAM)
+
+
+def ended(config: TrainConfig) -> TrainReport | None:
+    """The report of the run that ended in ``OUT``; None where that is no trained program.
+
+    Raises:
+        UsageError: when the run had other options.
+    """
+    out = Path(config.out).expanduser().resolve()
+    if run_folder(config).exists() or not (is_bundle(out) and (out / REPORT).is_file()):
+        return None
+    _check_same(config, out / CONFIG)
+    stored = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    report = TrainReport(**{**stored, "notes": tuple(stored["notes"])})
+    note = f"the run in {config.out} has ended: nothing was left to do, and --force trains again"
+    return replace(report, notes=(*report.notes, note))
+
+
+def _check_same(config: TrainConfig, path: Path) -> None:
+    """Refuses options that a run did not have, which wrote its own to ``path``."""
+    before = TrainConfig.of(read_config(path), str(path))
     for key in (k for k in vars(config) if k not in _FREE):
         old, new = getattr(before, key), getattr(config, key)
         if old != new:
             raise UsageError(f"the run had {key}={old!r}, and this call has {new!r}",
-                             where=str(folder / CONFIG),
+                             where=str(path),
                              fix="give the same options, or start again: --force")  # fmt: skip
-    return load_bundle(folder / PROGRAM)
 
 
 def same_data(folder: Path, fingerprint: str) -> None:
