@@ -110,7 +110,8 @@ class _Source:
             return
         found = int((column.values.unique() != IGNORED).sum())
         if found < width:
-            self.notes.append(f"{width - found} of the program's {width} labels are in no row")
+            are = "is" if width - found == 1 else "are"
+            self.notes.append(f"{width - found} of the program's {width} labels {are} in no row")
 
     def _encode(self, path: Path, scene: Scene, known: tuple[str, ...]) -> Table:
         columns = self.config.columns_map()

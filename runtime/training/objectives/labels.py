@@ -13,6 +13,7 @@ from torch import Tensor
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Program
 from ftc.graph.sources.tasks import FEATURES
+from ftc.graph.words import plural
 from ftc.runtime.training.data.encoder import IGNORED, Encoder, stack
 from ftc.runtime.training.data.rows import Row
 from ftc.runtime.training.data.table import Table, Values
@@ -252,8 +253,8 @@ def _pairs(row: Row) -> tuple[list[str], list[Any]]:
         raise UsageError("words and labels are lists", where=row.place,
                          fix='{"words": ["Ada", "lives"], "labels": ["PER", "O"]}')  # fmt: skip
     if len(words) != len(labels):
-        raise UsageError(f"{len(words)} words and {len(labels)} labels", where=row.place,
-                         fix="one label a word")  # fmt: skip
+        counts = f"{plural(len(words), 'word')} and {plural(len(labels), 'label')}"
+        raise UsageError(counts, where=row.place, fix="one label a word")
     return [str(word) for word in words], labels
 
 
