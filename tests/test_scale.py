@@ -85,7 +85,7 @@ def test_gradients_are_those_of_one_process(case: str, programs: Made) -> None:
     _compare({n: programs[n] for n in chosen if n != "unet" or "tp" not in mesh}, mesh, schedule)
 
 
-@pytest.mark.parametrize("case", ["tp=2", "fsdp=2", "pp=2/zero-bubble"])
+@pytest.mark.parametrize("case", ["dp=2", "fsdp=2", "tp=2", "pp=2/1f1b", "pp=2/zero-bubble"])
 def test_layers_may_be_computed_again(case: str, programs: Made) -> None:
     mesh, _, schedule = case.partition("/")
     _compare({"llama": programs["llama"]}, mesh, schedule, gradient_checkpointing=True)
