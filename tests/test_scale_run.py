@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ftc.graph.bundle import load_bundle, save_bundle
+from ftc.graph.errors import UsageError
 from ftc.graph.sources import capture
+from ftc.runtime.training.engines import Mesh, World
 
 from .processes import spread
 from .small import encoder
@@ -76,6 +79,18 @@ def test_every_mesh_writes_the_same_bundle(
     _same(alone[0], tmp_path / "out")
 
 
-def test_another_number_of_processes_is_refused(call: Any, tmp_path: Path) -> None:
-    found = spread(1, trained, {**call, "out": str(tmp_path / "out"), "mesh": "dp=2"})
-    assert "2 processes, and 1 were started" in found[0]
+@pytest.mark.parametrize(
+    ("started", "mesh", "what", "fix"),
+    [
+        (1, "dp=2", "2 processes, and 1 was started", ["torchrun --nproc-per-node 2 …"]),
+        (2, "dp=1", "1 process, and 2 were started", ["--mesh dp=2"]),
+        (2, "pp=3", "3 processes, and 2 were", ["--mesh dp=2", "torchrun --nproc-per-node 3 …"]),
+    ],
+)
+def test_another_number_of_processes_is_refused(
+    started: int, mesh: str, what: str, fix: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(started))
+    with pytest.raises(UsageError, match=what) as caught:
+        World(Mesh.parse(mesh), torch.device("cpu"))
+    assert caught.value.fix == " or ".join(fix)

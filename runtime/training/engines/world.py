@@ -21,6 +21,7 @@ from torch import Tensor
 from ftc.graph import placement
 from ftc.graph.errors import FtcError, UsageError, WriteError
 from ftc.graph.placement import Placement
+from ftc.graph.words import plural
 
 from .mesh import Mesh
 from .rendezvous import meet
@@ -76,10 +77,12 @@ class World:
     def __init__(self, mesh: Mesh, device: torch.device, timeout: float = 600.0) -> None:
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != mesh.size:
+            other = [f"--mesh dp={started}"] if started > 1 else []
+            again = [f"torchrun --nproc-per-node {mesh.size} …"] if mesh.size > 1 else []
             raise UsageError(
-                f"the mesh {mesh} has {mesh.size} processes, and {started} were started",
-                fix=f"torchrun --nproc-per-node {mesh.size} $(which ftc) train …",
-            )
+                f"the mesh {mesh} has {plural(mesh.size, 'process', 'processes')}, "
+                f"and {plural(started, 'was', 'were')} started", fix=" or ".join(other + again),
+            )  # fmt: skip
         self.mesh, self.device = mesh, device
         backend = "nccl" if device.type == "cuda" else "gloo"
         with self.watched():
