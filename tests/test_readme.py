@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -63,6 +64,9 @@ def test_the_page_runs(
             continue
         for line in filter(None, body.splitlines()):
             _run(line, command, places, tmp_path)
+    if page == "docs/train.md":  # its first example learns
+        found = json.loads((tmp_path / "build/sentiment/train.json").read_text())
+        assert found["after"]["accuracy"] > found["before"]["accuracy"] + 0.2
 
 
 def _run(line: str, command: Command, places: dict[str, Path], folder: Path) -> None:

@@ -70,7 +70,7 @@ def render_train(report: TrainReport, console: Console) -> None:
     console.print(f"{title}  {escape(report.objective)}\n")
     share = report.trainable / max(report.parameters, 1)
     console.print(f"{count(report.trainable)} of {count(report.parameters)} parameters learn "
-                  f"({share:.1%})")  # fmt: skip
+                  f"({100 * share:.3g}%)")  # fmt: skip
     if report.steps:
         console.print(_speed(report))
         console.print(f"loss {report.first_loss:.4f} → {report.last_loss:.4f}")
@@ -90,8 +90,8 @@ def render_train(report: TrainReport, console: Console) -> None:
 
 def _speed(report: TrainReport) -> str:
     rate = report.tokens / max(report.seconds, 1e-9)
-    text = (f"{report.steps:,} steps, {report.epochs:.3g} epochs, {count(report.examples)} examples"
-            f" in {duration(report.seconds)}: {count(rate)} tokens/s, "
+    text = (f"{report.steps:,} steps, {report.epochs:.3g} epochs: {count(report.examples)} rows "
+            f"read in {duration(report.seconds)}, {count(rate)} tokens/s, "
             f"{count(report.memory)}B at most")  # fmt: skip
     if report.best_step is not None:
         text += f"; the weights are those of step {report.best_step:,}, the best"
