@@ -75,10 +75,29 @@ _PRODUCTS = frozenset(
 
 def plain_input(node: fx.Node) -> fx.Node:
     """``x`` of a quantized product, without the means of its groups that int4 may append to it."""
+    appended = _appended(node)
+    return cast(fx.Node, node.args[0]) if appended is None else appended[0]
+
+
+def appended_share(node: fx.Node) -> float:
+    """What a weight of an appended column adds to each weight of its group.
+
+    ``w mean(x) = sum_i (w / n) x_i`` for a group of ``n``: ``1 / n``. Programs of before the
+    means append sums: 1. And 0 where nothing is appended.
+    """
+    appended = _appended(node)
+    if appended is None:
+        return 0.0
+    _, second = appended
+    return 1 / int(second.args[0].args[2][-1]) if second.target is aten.mean.dim else 1.0
+
+
+def _appended(node: fx.Node) -> tuple[fx.Node, Any] | None:
+    """``x`` of a product of ``cat(x, what its groups come to, ...)``, and the second of these."""
     x: Any = node.args[0]
     if x.target is not aten.cat.default:
-        return cast(fx.Node, x)
+        return None
     first, second = x.args[0][:2]
     groups = second.args[0] if second.target in (aten.mean.dim, aten.sum.dim_IntList) else second
     appended = groups.target is aten.unflatten.int and groups.args[0] is first
-    return cast(fx.Node, first if appended else x)
+    return (first, second) if appended else None

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ftc.graph.cost import argument
 from ftc.graph.errors import PreconditionError
-from ftc.graph.products import plain_input
+from ftc.graph.products import appended_share, plain_input
 from ftc.graph.provenance import describe
 from ftc.graph.quantize import Scheme, dequantize, is_reduced, pack
 from ftc.graph.rewriter import Rewriter
@@ -64,10 +64,11 @@ def _values(rw: Rewriter, coded: fx.Node, width: int) -> tuple[Scheme, Tensor]:
     values = dequantize(data, scale, zero, bits).double()
     columns = values.flatten(1)
     narrow = bits == 8 and not group and is_reduced(data)
+    share = appended_share(coded)
     extended = columns.shape[1] > width
     if extended:
-        sums = columns[:, width : width + width // group].repeat_interleave(group, 1)
-        values = columns[:, :width] + sums
+        appended = columns[:, width : width + width // group] * share
+        values = columns[:, :width] + appended.repeat_interleave(group, 1)
     return Scheme(bits, group, zero is None and not extended, narrow), values
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from ftc.tests.ranks import (
     check_in_processes,
     gradients,
     loss_of,
-    whole_gradients,
+    whole_step,
 )
 from ftc.tests.tiny import custom
 
@@ -64,7 +63,7 @@ def notes(program: Program) -> str:
 def in_lockstep(program: Program, size: int) -> None:
     """Every rank's outputs and gradients are those of the whole program."""
     probe = program.signature.probe(seed=3)
-    expected = whole_gradients(program, probe)
+    expected = whole_step(program, probe)
     ranks = [shard_program(program, rank, size) for rank in range(size)]
     outputs = run_ranks(ranks, probe)
     torch.stack([loss_of(each) for each in outputs]).sum().backward()
@@ -82,9 +81,9 @@ def test_ranks_compute_the_same_step(name: str, base: str, size: int) -> None:
     assert "whole" not in notes(program)
     in_lockstep(program, size)
     if base == "full":
-        before = whole_gradients(based(name, base), probe := program.signature.probe(seed=3))
-        outputs, after = whole_gradients(program, probe)
-        assert_same_step(dataclasses.replace(based(name, base)), 0, 1, outputs, after, before)
+        before = whole_step(based(name, base), probe := program.signature.probe(seed=3))
+        after = whole_step(program, probe)
+        assert_same_step(based(name, base), 0, 1, after.outputs, after.gradients, before)
 
 
 def test_processes_compute_the_same_step(tmp_path: Path) -> None:
