@@ -6,9 +6,12 @@ what comes next, greedily.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,16 +149,17 @@ def _ftc(folder: Path, threads: int) -> Speaker:
 
 
 def _build_genai(model: Path, folder: Path) -> None:
-    try:
-        from onnxruntime_genai.models.builder import create_model
-    except ImportError as error:
-        raise Missing(f"{error.name} is not installed") from None
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise Missing("onnxruntime_genai is not installed")
     source = folder.parent / "source"
     if not source.exists():
         hugging_face(model, source)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     cache = folder.parent / "genai-cache"
-    create_model(None, str(source), str(folder), "int4", "cpu", str(cache))
+    subprocess.run(
+        [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source),
+         "-o", str(folder), "-p", "int4", "-e", "cpu", "-c", str(cache)],
+        check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
     shutil.rmtree(cache, ignore_errors=True)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ftc.graph.bundle import cannot_write, check_parents, is_bundle
+from ftc.graph.cached import start_of
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Drift, Program
 from ftc.graph.sources import capture
+from ftc.graph.words import plural
 from ftc.passes.context import Context
 
 from .engine import MODEL, OnnxEngine
@@ -30,6 +32,7 @@ class Export:
     bytes: int
     drift: Drift
     decomposed: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -70,7 +73,18 @@ def export(
         size, drift = _write(program, model, target, progress)
     except OSError as error:
         raise cannot_write(error, target) from error
-    return Export(source, str(target), size, drift, decomposed(model))
+    return Export(source, str(target), size, drift, decomposed(model), _notes(program))
+
+
+def _notes(program: Program) -> tuple[str, ...]:
+    """What whoever runs the file has to know, for the file does not say it."""
+    if not program.signature.start:
+        return ()
+    tokens = plural(len(start_of(program).ids), "token")
+    return (
+        f"the prompt's {tokens} are not in the file: feed their keys and values as the first "
+        "past, or let ftc run the bundle",
+    )
 
 
 def _checked(target: Path, force: bool) -> Path:

@@ -168,3 +168,5 @@ def render_export(found: Export, console: Console) -> None:
     )
     if found.decomposed:
         console.print(f"lowered through their decomposition: {', '.join(found.decomposed)}")
+    for note in found.notes:
+        console.print(note)

@@ -19,6 +19,8 @@ def render_latencies(
     latencies: Sequence[Latency], engines: tuple[str, str], names: tuple[str, str], console: Console
 ) -> None:
     """One row a shape; below it, why a ratio is noisy, and what ran the two."""
+    if not latencies:
+        return
     made = table("latency", *names, "speed")
     for each in latencies:
         made.add_row(format_sizes(each.sizes), _timing(each.base), _timing(each.other),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftc.graph.cached import states
+from ftc.graph.cached import is_cached, states, step_inputs
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.signature import Signature
@@ -174,6 +174,8 @@ def _check_tokens(tokens: Sequence[Sequence[int]], signature: Signature) -> None
 def pad(tokens: Sequence[Sequence[int]], signature: Signature, tokenizer: Any) -> dict[str, Tensor]:
     """Inputs of ``signature`` from rows of tokens; the mask is 1 where there is one.
 
+    Behind a cache they are those of a first step, whose past is empty.
+
     Raises:
         UsageError: when rows differ in length and the program takes no mask.
     """
@@ -190,6 +192,8 @@ def pad(tokens: Sequence[Sequence[int]], signature: Signature, tokenizer: Any) -
     for index, row in enumerate(tokens):
         ids[index, : len(row)] = torch.tensor(row)
         mask[index, : len(row)] = 1
+    if is_cached(signature):
+        return step_inputs(signature, ids, mask, {})
     made = {IDS: ids, TYPES: torch.zeros_like(ids)}
     return {s.name: (mask if s.role == "mask" else made[s.name]).to(s.dtype)
             for s in signature.inputs}  # fmt: skip

@@ -152,4 +152,4 @@ def trained(values: Mapping[str, Any], resume: bool = False, kill: int = 0) -> A
         report = train(TrainConfig.of(values), resume=resume)
     except FtcError as error:
         return str(error)
-    return report.first_loss, report.last_loss, report.after
+    return report.first_loss, report.last_loss, report.after or report.before

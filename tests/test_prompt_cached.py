@@ -22,6 +22,7 @@ from ftc.runtime.compile import compile_model
 from ftc.runtime.decoder import Decoder
 from ftc.runtime.engine import TorchEngine, open_engine
 from ftc.runtime.evaluate import evaluate
+from ftc.runtime.export import export
 from ftc.runtime.generate import next_tokens
 from ftc.tests.families import captured
 from ftc.tests.small import decoder, short_decoder
@@ -90,6 +91,22 @@ def test_on_disk(model, tmp_path):
     (tmp_path / "out" / "ftc.json").write_text(json.dumps(head))
     with pytest.raises(BundleError):
         load_bundle(tmp_path / "out")
+
+
+def test_onto_a_bundle_with_a_cache(model, tmp_path):
+    """Probes of text are first steps; the exported file is told to lack the prompt."""
+    compile_model(model, "", tmp_path / "plain", task="generate")
+    compile_model(tmp_path / "plain", PASS, tmp_path / "folded")
+    compile_model(tmp_path / "folded", "int8{min_size=0}", tmp_path / "int8")
+    with pytest.raises(OrderError, match="prompted"):
+        compile_model(tmp_path / "int8", PASS, tmp_path / "twice")
+    plain, *folded = (Decoder(open_engine(str(tmp_path / n))) for n in ("plain", "folded", "int8"))
+    wanted = plain([[*ids_of(plain.engine.program), 5, 6, 7]])
+    for each, tolerance in zip(folded, (1e-4, 0.1), strict=True):
+        assert (each([[5, 6, 7]]) - wanted).norm() < tolerance * wanted.norm()
+    notes = export(str(tmp_path / "folded"), tmp_path / "model.onnx").notes
+    assert "not in the file" in notes[0]
+    assert not export(str(tmp_path / "plain"), tmp_path / "plain.onnx").notes
 
 
 def test_what_is_refused(model, tmp_path):

@@ -150,7 +150,11 @@ def test_every_stage_has_one_process(name: str) -> None:
     if kind.least:
         with pytest.raises(UsageError, match="microbatches"):
             check_microbatches(kind, 2, 3)
-    check_options(kind, sharded=False, compiled=False)
+    check_options(name, sharded=False, compiled=False)
     for more in ({"sharded": True, "compiled": False}, {"sharded": False, "compiled": True}):
-        with pytest.raises(UsageError, match="does not go") if kind.splits else nullcontext():
-            check_options(kind, **more)
+        with (
+            pytest.raises(UsageError, match=f"--pipeline {name} does not go")
+            if kind.splits
+            else nullcontext()
+        ):
+            check_options(name, **more)

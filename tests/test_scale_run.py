@@ -12,6 +12,7 @@ import torch
 from ftc.graph.bundle import load_bundle, save_bundle
 from ftc.graph.errors import UsageError
 from ftc.graph.sources import capture
+from ftc.runtime.training.data.table import cache_folder
 from ftc.runtime.training.engines import Mesh, World
 
 from .processes import spread
@@ -77,6 +78,20 @@ def test_every_mesh_writes_the_same_bundle(
     found = spread(2, trained, {**call, "out": str(tmp_path / "out"), "mesh": mesh})
     assert found[0][2]["loss"] == pytest.approx(alone[1][2]["loss"], abs=1e-5)
     _same(alone[0], tmp_path / "out")
+
+
+def test_one_process_makes_what_the_others_read(call: Any, tmp_path: Path) -> None:
+    """A teacher, and a program that is only measured: captured once, and left nowhere."""
+    values = {**call, "steps": 2}
+    for more in (
+        {"objective": "distillation", "out": str(tmp_path / "out"), "passes": "lowrank{ratio=0.5}"},
+        {"steps": 0},
+    ):
+        expected = spread(1, trained, {**values, **more, "out": str(tmp_path / "one")})[0]
+        for found in spread(2, trained, {**values, **more, "mesh": "dp=2"}):
+            assert not isinstance(found, str), found
+            assert found[2]["loss"] == pytest.approx(expected[2]["loss"], rel=1e-5)
+    assert not any(cache_folder().with_name("programs").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ class TrainConfig:
         if (mesh := self.made_mesh()).pp > 1:
             kind = kind_of(self.pipeline)
             check_microbatches(kind, self.per_batch * self.accumulate, mesh.pp)
-            check_options(kind, sharded=mesh.fsdp > 1, compiled=self.compile)
+            check_options(self.pipeline, sharded=mesh.fsdp > 1, compiled=self.compile)
         Pipeline.parse(self.passes)
         self._check_columns(where)
         self.engine_options().check()

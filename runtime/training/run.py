@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from .objectives.base import Objective, Scene
 from .picture import draw_loss
 from .progress import Bar
 from .report import TrainReport, recorded
+from .shared import shared
 from .start import (
     CHECKPOINTS,
     CONFIG,
@@ -93,10 +94,12 @@ def train(
     set_threads(config.threads)
     with joined(config) as world:
         if config.steps == 0:
-            return _Run(config, _proven(captured(config, say), world), say, world).score()
+            return _Run(config, _proven(lambda: captured(config, say), world), say, world).score()
         if dry_run:
             world.first(lambda: check_start(config, force))
-            return _Run(config, _proven(learning(config, say), world), say, world).rehearse()
+            return _Run(
+                config, _proven(lambda: learning(config, say), world), say, world
+            ).rehearse()
         program, new = _begin(config, resume, force, say, world)
         release()  # the weights as they came
         run = _Run(config, program, say, world)
@@ -139,10 +142,14 @@ def _prove(program: Program, world: World | Alone) -> bool:
     return True
 
 
-def _proven(program: Program, world: World | Alone) -> Program:
-    """A program that every process captured, to be changed."""
-    world.first(lambda: _prove(program, world))
-    return owned(program)
+def _proven(make: Callable[[], Program], world: World | Alone) -> Program:
+    """A program to be changed, that is kept nowhere."""
+
+    def prepare() -> Program:
+        _prove(program := make(), world)
+        return program
+
+    return owned(shared(prepare, world))
 
 
 class _Run:
@@ -162,7 +169,7 @@ class _Run:
         self.objective: Objective = config.made_objective()
         self.program = program
         scene = Scene(program, Encoder.of(program, config.length),
-                      teacher=teacher(config, self.objective, say))  # fmt: skip
+                      teacher=teacher(config, self.objective, say, world))  # fmt: skip
         self.data: Dataset = world.first(lambda: load_dataset(config, self.objective, scene, say))
         if not world.main:  # from the cache that the first one made
             self.data = load_dataset(config, self.objective, scene, say)

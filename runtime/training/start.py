@@ -27,9 +27,11 @@ from ftc.runtime.memory import collected_by_hand, release
 from ftc.runtime.probes import make_context
 
 from .config import TrainConfig, read_config
+from .engines import Alone, World
 from .modules import in_mode, move
 from .objectives.base import Objective, Tensors, hidden_name
 from .report import TrainReport
+from .shared import shared
 
 PROGRAM, CONFIG, DATA, REPORT = "program", "train.toml", "data.json", "train.json"
 CHECKPOINTS = "checkpoints"
@@ -172,13 +174,13 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def teacher(config: TrainConfig, objective: Objective, say: Say) -> Any:
+def teacher(config: TrainConfig, objective: Objective, say: Say, world: World | Alone) -> Any:
     """Outputs of the program that is learned from, for distillation; else None."""
     if objective.name != "distillation":
         return None
     source = config.teacher or config.program
     say(f"capturing the teacher {source}")
-    program = capture(source, task=config.task, trust=config.trust)
+    program = shared(lambda: capture(source, task=config.task, trust=config.trust), world)
     observed = objective.observed(program)
     names = (*program.signature.output_names, *map(hidden_name, range(len(observed))))
     evaluating = in_mode(program, training=False, observed=observed)

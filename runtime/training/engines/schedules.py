@@ -80,15 +80,17 @@ def check_microbatches(kind: Kind, microbatches: int, processes: int) -> None:
                          fix=f"--microbatches {good}, or --pipeline gpipe")  # fmt: skip
 
 
-def check_options(kind: Kind, *, sharded: bool, compiled: bool) -> None:
-    """Refuses what a schedule does not go with.
+def check_options(name: str, *, sharded: bool, compiled: bool) -> None:
+    """Refuses what the schedule called ``name`` does not go with.
 
     Raises:
         UsageError: for sharded weights or torch.compile, where gradients of weights wait.
     """
-    if kind.splits and (sharded or compiled):
+    if kind_of(name).splits and (sharded or compiled):
         other = "fsdp, which sends gradients away at once" if sharded else "--compile"
-        raise UsageError(f"{kind.title} does not go with {other}", fix="--pipeline interleaved")
+        raise UsageError(
+            f"--pipeline {name} does not go with {other}", fix="--pipeline interleaved"
+        )
 
 
 def make_schedule(kind: Kind, stages: Sequence[Any], microbatches: int, loss: Any) -> Any:
