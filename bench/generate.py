@@ -16,6 +16,7 @@ made stays in a folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,15 @@ def picture(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def versions() -> dict[str, str]:
+    """Of what ftc is beside, where it is installed."""
+    found = {}
+    for name in ("onnxruntime-genai", "openvino", "nncf"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def say(text: str) -> None:
     """Progress, on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -242,8 +253,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rows = measure(folder, options)
     show(rows)
+    print("\n" + ", ".join(f"{name} {version}" for name, version in versions().items()))
     if options.json:
-        found = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        found = {"machine": machine() | versions(), "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.png:
         picture(rows, options.png)

@@ -239,10 +239,14 @@ def _openvino(folder: Path, threads: int) -> Speaker:
     return stepwise(run)
 
 
+def _ours(passes: str) -> Route:
+    return Route(_compiled(passes), _ftc, (".onnx", ".data"))
+
+
 ROUTES = {
     "transformers fp32": Route(hugging_face, _eager, (".safetensors",)),
     "OpenVINO int4": Route(_build_openvino, _openvino, (".xml", ".bin")),
     "onnxruntime-genai int4": Route(_build_genai, _genai, (".onnx", ".data")),
-    "ftc int4": Route(_compiled("int4"), _ftc, (".onnx", ".data")),
-    "ftc int4{keep=false}": Route(_compiled("int4{keep=false}"), _ftc, (".onnx", ".data")),
-}
+    **{f"ftc {passes}": _ours(passes) for passes in
+       ("int4", "int4{keep=false}", "int4{keep=false},int8_cache")},
+}  # fmt: skip

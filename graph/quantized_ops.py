@@ -196,6 +196,33 @@ def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.round(x / step) + zero).clamp(0, 255) - zero, step
 
 
+@torch.library.custom_op("ftc::quantize_states", mutates_args=())
+def quantize_states(x: Tensor, step: Tensor) -> Tensor:
+    """Keys or values as int8 codes, ``clamp(round(x / step), -128, 127)``.
+
+    Args:
+        x: float ``[batch, heads, length, dim]``.
+        step: float ``[heads, 1, dim]``, above 0.
+    """
+    return torch.round(x / step).clamp_(-128, 127).to(torch.int8)
+
+
+@quantize_states.register_fake
+def _(x: Tensor, step: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8)
+
+
+@torch.library.custom_op("ftc::dequantize_states", mutates_args=())
+def dequantize_states(codes: Tensor, step: Tensor) -> Tensor:
+    """Float32 keys or values of their codes: ``codes step``."""
+    return codes.float().mul_(step)
+
+
+@dequantize_states.register_fake
+def _(codes: Tensor, step: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, data, scale, zero_point, bias, bits, group_size = inputs[:7]
     ctx.save_for_backward(data, scale, zero_point)

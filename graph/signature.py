@@ -82,6 +82,11 @@ class Signature:
         """Names of the outputs, in returning order."""
         return tuple(o.name for o in self.outputs)
 
+    @property
+    def input_types(self) -> dict[str, torch.dtype]:
+        """Element types by the names of the inputs."""
+        return {spec.name: spec.dtype for spec in self.inputs}
+
     def with_outputs_of(self, other: Signature) -> Signature:
         """This signature with those outputs that ``other`` has as well, of the same type."""
         kept = tuple(spec for spec in self.outputs if spec in other.outputs)

@@ -66,8 +66,8 @@ class Context:
 
         Those that are too long for it are cut.
         """
-        names = set(program.signature.input_names)
-        if self.probes and all(set(probe) == names for probe in self.probes):
+        types = program.signature.input_types
+        if self.probes and all(_types(probe) == types for probe in self.probes):
             return tuple(cut_to_limits(probe, program.signature) for probe in self.probes)
         return random_probes(program, self.seed)
 
@@ -94,6 +94,10 @@ class Context:
         """Says that ``after`` has the arithmetic and the weights of ``before``."""
         if before.module in self._outputs:
             self._outputs[after.module] = self._outputs[before.module]
+
+
+def _types(inputs: Inputs) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in inputs.items()}
 
 
 def random_probes(program: Program, seed: int = 0) -> tuple[Inputs, ...]:

@@ -198,7 +198,7 @@ def _total_drift(
 ) -> Drift | None:
     """Drift of the whole; None where the inputs (and so the probes) or all outputs changed."""
     before = before.with_outputs_of(after.signature)
-    if set(before.input_names) != set(after.signature.input_names) or not before.outputs:
+    if before.input_types != after.signature.input_types or not before.outputs:
         return None
     outputs = zip(ctx.probes_for(after), expected, ctx.outputs(after), strict=True)
     differences = [

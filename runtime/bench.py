@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ftc.graph.bundle import is_bundle
 from ftc.graph.cost import cost
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.sources import capture
+from ftc.graph.words import listed
 
 from .console import format_sizes
 from .engine import MODEL, Engine, OnnxEngine, TorchEngine, open_engine, set_threads
@@ -125,12 +128,18 @@ def _lowered(
 
 
 def _check_inputs(source: str, program: Program, against: str, other: Program) -> None:
-    mine, theirs = (", ".join(p.signature.input_names) for p in (program, other))
+    mine, theirs = (p.signature.input_types for p in (program, other))
     if mine != theirs:
         raise UsageError(
-            f"{source} takes {mine}, but {against} takes {theirs}",
+            f"{source} takes {_beyond(mine, theirs)}, but {against} takes {_beyond(theirs, mine)}",
             fix="compare programs of one model",
         )
+
+
+def _beyond(types: Mapping[str, torch.dtype], others: Mapping[str, torch.dtype]) -> str:
+    odd = [f"{name} ({str(kind).removeprefix('torch.')})"
+           for name, kind in types.items() if others.get(name) != kind]  # fmt: skip
+    return listed(odd) if odd else "none of these"
 
 
 def compare(

@@ -259,7 +259,7 @@ def _prove(
     drift = check_parity(result, ctx.outputs(result), outputs, probes, ctx.probe_source)
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
     step = Step(ONNX, "exact", None, size, None, drift, seconds)
-    if set(signature.input_names) != set(result.signature.input_names):
+    if signature.input_types != result.signature.input_types:
         return step, None
     return step, _drift(signature, expected, outputs, probes, ctx.probe_source)
 
@@ -280,7 +280,7 @@ def _latency(base: TorchEngine, engine: OnnxEngine) -> tuple[Latency, ...]:
 
     One thread, because two engines that share cores slow each other down.
     """
-    if base.program.signature.input_names != engine.program.signature.input_names:
+    if base.program.signature.input_types != engine.program.signature.input_types:
         return ()
     shapes = usual_shapes(base.program, _MEASURE_MOST)
     return compare_latency(base, engine, shapes, seconds=_MEASURE_SECONDS)

@@ -33,6 +33,7 @@ SLACK = 2.0
 _SIXTH_DIGIT = 1e-5
 
 _quantized_linear: Any = torch.ops.ftc.quantized_linear.default
+_ROUNDING = (_quantized_linear, torch.ops.ftc.quantize_states.default)
 
 
 def check_parity(
@@ -123,7 +124,7 @@ def three_way(
 def rounding_noise(
     program: Program, expected: Sequence[Outputs], probes: Sequence[Inputs]
 ) -> float:
-    """Relative change of the outputs when quantized products see inputs off in the sixth digit.
+    """Relative change of the outputs when what is rounded at run time is off in the sixth digit.
 
     0 for a program that quantizes no activations.
     """
@@ -140,18 +141,18 @@ def rounding_noise(
 
 
 def _quantizes(node: fx.Node) -> bool:
-    return node.target is _quantized_linear and "none" not in (*node.args, *node.kwargs.values())
+    return node.target in _ROUNDING and "none" not in (*node.args, *node.kwargs.values())
 
 
 class _Shaken(fx.Interpreter):
-    """Runs a graph with noise on the inputs of its quantized products."""
+    """Runs a graph with noise on what is rounded when it runs."""
 
     def __init__(self, module: fx.GraphModule, seed: int) -> None:
         super().__init__(module)
         self._noise = torch.Generator().manual_seed(seed)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is _quantized_linear:
+        if target in _ROUNDING:
             x = args[0]
             noise = torch.randn(x.shape, generator=self._noise, dtype=x.dtype)
             args = (x * (1 + _SIXTH_DIGIT * noise), *args[1:])

@@ -28,7 +28,11 @@ from ftc.passes.text import SELECTORS, parse_pass
 from ftc.tests.tiny import custom, tiny
 
 REFUSED = {  # (the pass, a model that its defaults have nothing to do on)
-    *((spec, model) for spec in ("cache", "cache{logits=all}") for model in ("mlp", "bert")),
+    *(
+        (spec, model)
+        for spec in ("cache", "cache{logits=all}", "int8_cache")
+        for model in ("mlp", "bert")
+    ),
     ("lora", "mlp"),
     ("head", "mlp"),
     ("head{task=token-classification,labels=5}", "mlp"),

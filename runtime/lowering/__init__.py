@@ -16,6 +16,7 @@ is called.
 from . import (
     activations,
     attention,
+    coded_states,
     constants,
     convolution,
     elementwise,
@@ -36,6 +37,7 @@ __all__ = [
     "Unsupported",
     "activations",
     "attention",
+    "coded_states",
     "constants",
     "convolution",
     "elementwise",

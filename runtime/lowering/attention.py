@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from onnx_ir import Value
 
+from .coded_states import coded
 from .emitter import Emitter
 from .grouped import grouped, whole_turn
 from .table import Unsupported, lowers
@@ -54,6 +55,10 @@ def attention(
     past: tuple[Value, Value] | None = None
     if not is_causal and (parts := _past_and_new(e, key, value)) is not None:
         past, (key, value) = parts
+    elif not is_causal and mask is not None and not e.standard:
+        y = _in_codes(e, query, key, value, mask, how)
+        if y is not None:
+            return y
     operands: list[Value] = [query, key, value]
     unsplit = [m for x in operands if (m := merged(e, x)) is not None]
     if len(unsplit) == 3:
@@ -65,12 +70,36 @@ def attention(
             e.replace(joined, made)
     else:
         y = e.op("Attention", *operands, mask, **how)
-    if len(unsplit) < 3:
-        return y  # type: ignore[no-any-return]
+    return _split(e, y, query, value) if len(unsplit) == 3 else y
+
+
+def _split(e: Emitter, y: Value, query: Value, value: Value) -> Value:
+    """Attended values ``[batch, length, heads * dim]`` as ``[batch, heads, length, dim]``."""
     batch, heads, length, _ = e.dims(query)
     depth = e.dims(value)[3]
     e.describe(y, e.dtype(query), (batch, length, heads * depth))
     return e.transpose(e.reshape(y, [batch, length, heads, depth]), HEADS_FIRST)
+
+
+def _in_codes(
+    e: Emitter, query: Value, key: Value, value: Value, mask: Value, how: dict[str, Any]
+) -> Value | None:
+    """Attention over a cache in 8 bits; None where no operator multiplies by the codes."""
+    keys, values = coded(e, key), coded(e, value)
+    if keys is None or values is None:
+        return None
+    operands = [m for x in (query, keys.new, values.new) if (m := merged(e, x)) is not None]
+    if len(operands) < 3:
+        return None
+    how |= {"q_num_heads": e.dims(query)[1], "kv_num_heads": e.dims(keys.new)[1]}
+    steps = keys.step, values.step
+    found = grouped(e, operands, mask, (keys.past, values.past), how, steps)
+    if found is None:
+        return None
+    y, *present = found
+    for joined, made in zip((keys.whole, values.whole), present, strict=True):
+        e.replace(joined, made)
+    return _split(e, y, query, values.new)
 
 
 def _cached(

@@ -35,12 +35,13 @@ from .joined import joined
 
 _DOMAIN, _OPERATOR = "com.microsoft", "GroupQueryAttention"
 _LOWEST = -1e38
+_CODES = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 _WIDTHS, _TURNED = 8, 16  # onnxruntime refuses heads whose width is no multiple
 
 
 def grouped(
     e: Emitter, operands: list[Value], mask: Value, past: tuple[Value, Value],
-    how: Mapping[str, Any],
+    how: Mapping[str, Any], steps: tuple[Value, Value] | None = None,
 ) -> tuple[Value, Value, Value] | None:  # fmt: skip
     """Attended values ``[batch, length, heads * dim]`` and the joined keys and values.
 
@@ -52,6 +53,7 @@ def grouped(
         mask: ``[length, all]`` or ``[batch or 1, heads or 1, length, all]``, bool or what is added.
         past: keys and values ``[batch, kv_heads, past, dim]``.
         how: attributes of ``Attention``: the scale and the numbers of heads.
+        steps: of keys and values whose past is in codes of 8 bits, ``[kv_heads, 1, dim]``.
     """
     if any(x.producer() is not None or e.dims(x)[3] % _WIDTHS for x in past):
         return None
@@ -73,11 +75,12 @@ def grouped(
         query, key, waves = turned
     packed = joined(e, (query, key, value))
     given = (query, key, value) if packed is None else (packed, None, None)
+    kinds = e.dtype(query), e.dtype(past[0]), e.dtype(past[1])
     made: tuple[Value, Value, Value] = e.op(
         _OPERATOR, *given, *past, ends, count, *waves, None, _bias(e, mask),
-        None, None, None, None, None, news, outputs=3, domain=_DOMAIN, scale=how["scale"],
-        num_heads=how["q_num_heads"], kv_num_heads=how["kv_num_heads"],
-        do_rotary=1 if turned is not None else None,
+        None, *(steps or (None, None)), None, None, news, outputs=3, dtype=kinds, domain=_DOMAIN,
+        scale=how["scale"], num_heads=how["q_num_heads"], kv_num_heads=how["kv_num_heads"],
+        do_rotary=1 if turned is not None else None, **(_CODES if steps else {}),
     )  # fmt: skip
     return made
 
