@@ -163,7 +163,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[Row]:
         say(f"{threads} threads: timing")
         found: dict[str, dict[str, list[float]]] = {}
         for group in [names] if threads == 1 else [[name] for name in names]:
-            words = ["--time", ",".join(group), "--keep", str(folder)]
+            words = ["--time", "|".join(group), "--keep", str(folder)]
             words += ["--rounds", str(options.rounds), "--threads", str(threads)]
             for what, samples in apart(*words, threads=threads).items():
                 found.setdefault(what, {}).update(samples)
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.time:
-        names = options.time.split(",")
+        names = options.time.split("|")
         print(json.dumps(timed(options.keep, names, options.threads[0], options.rounds)))
         return
     if options.memory_of:

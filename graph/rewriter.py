@@ -118,11 +118,19 @@ class Rewriter:
         return self._add(name, tensor.detach())
 
     def add_input(self, spec: InputSpec) -> fx.Node:
-        """Adds an input after the last one: :meth:`refresh` before anything reads it."""
+        """Adds an input after the last one; a dimension that no other has is a new symbol."""
+        signature = self.program.signature
+        there = (n for n in self.graph.nodes if n.op == "placeholder")
+        known = {
+            dim: size
+            for node, other in zip(there, signature.inputs, strict=True)
+            for dim, size in zip(other.shape, shapes.shape(node), strict=True)
+            if isinstance(dim, str)
+        }
         with self.graph.inserting_after(self._last_placeholder()):
             node = self.graph.placeholder(spec.name)
         node.meta[KEY] = Provenance().by(self.made_by)
-        signature = self.program.signature
+        shapes.placeholder(node, spec, known, self._mode)
         self.set_signature(dataclasses.replace(signature, inputs=(*signature.inputs, spec)))
         return node
 

@@ -9,6 +9,7 @@ each node as it inserts it, so a wrong shape is found at the rewrite that made i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,9 +25,10 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from .errors import BundleError
 from .provenance import describe
-from .signature import Signature
+from .signature import InputSpec, Signature
 
 VAL = "val"
+_UNLIKE = 10_007  # the hint of a size that is added later
 
 
 def value(node: fx.Node) -> Any:
@@ -81,6 +83,31 @@ def propagate(module: fx.GraphModule, signature: Signature) -> None:
                     where=describe(node),
                     fix="make the bundle again",
                 ) from error
+
+
+def placeholder(
+    node: fx.Node, spec: InputSpec, known: Mapping[str, Any], mode: FakeTensorMode
+) -> None:
+    """Sets the fake value of an input that is added: a new symbol for a dimension not in ``known``.
+
+    Args:
+        node: the placeholder.
+        spec: what it stands for.
+        known: sizes of dynamic dimensions by name.
+        mode: of the other fake values.
+    """
+    sizes = {d: known[d] if d in known else _symbol(mode) for d in spec.shape if isinstance(d, str)}
+    with mode:
+        shape = [d if isinstance(d, int) else sizes[d] for d in spec.shape]
+        node.meta[VAL] = torch.empty(shape, dtype=spec.dtype)
+
+
+def _symbol(mode: FakeTensorMode) -> Any:
+    """A size that is equal to no other."""
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    some = torch.empty(_UNLIKE, device="meta")
+    with mode:
+        return mode.from_tensor(some, symbolic_context=context).shape[0]
 
 
 def infer(node: fx.Node, module: fx.GraphModule, mode: FakeTensorMode) -> None:

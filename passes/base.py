@@ -102,6 +102,10 @@ class Pass(ABC):
     def ensures(self, before: Program, after: Program) -> None:  # noqa: B027 (optional)
         """Raises PromiseError where a promise of the pass's own is broken."""
 
+    def freer(self) -> Self | None:
+        """The same with options that let it stand in more places; None where there are none."""
+        return None
+
     @classmethod
     def candidates(cls, program: Program) -> Iterable[Self]:
         """Instances that are worth trying on ``program``, for a search; none by default."""

@@ -90,10 +90,6 @@ class Cache(Pass):
         sequence = self._causal(rw, attentions)
         count = len(attentions.places)
         mask = _add_inputs(rw, sequence, attentions.places)
-        rw.refresh()
-        attentions = Attentions(rw)
-        assert attentions.sequence is not None
-        sequence = attentions.sequence
         placed = {spec.name: node for node, spec in inputs(rw.program)}
         with rw.at(head(rw.graph)):
             first = placed[Names.past(0)[0]]

@@ -115,9 +115,10 @@ def _provider(each: Pass, who: str, fact: str) -> Pass:
 
 
 def _suggestion(passes: Sequence[Pass], facts: frozenset[str]) -> str:
-    """An order of the same passes that works, nearest to the one asked for."""
+    """An order of the same passes that works, nearest to the one asked for, or of freer ones."""
     if len(passes) <= _TRIED:
-        for order in permutations(passes):
+        freer = [each.freer() or each for each in passes]
+        for order in (*permutations(passes), *permutations(freer)):
             if _works(order, facts):
                 return f"use {order_text(order)}"
     return "no order of these passes works: leave one out"

@@ -101,6 +101,10 @@ class Prompt(Pass):
         if self.fold:
             object.__setattr__(self, "forbids", frozenset({"prompted"}))
 
+    def freer(self) -> Prompt | None:
+        """A text that is folded goes behind a cache too."""
+        return None if self.text is None or self.init or self.fold else replace(self, fold=True)
+
     def requires(self, program: Program) -> None:
         """Refuses to fold a prompt behind a prefix, which stands before it."""
         if self.fold and "prefixed" in program.facts:

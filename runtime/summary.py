@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 
 from ftc.graph.bundle import is_bundle
+from ftc.graph.cached import start_of
 from ftc.graph.cost import Cost, NodeCost, cost
 from ftc.graph.printer import fingerprint
 from ftc.graph.program import PassRecord, Program
@@ -23,6 +24,7 @@ from ftc.graph.provenance import provenance
 from ftc.graph.select import select
 from ftc.graph.signature import format_spec
 from ftc.graph.structure import Structure, find_structure
+from ftc.graph.words import plural
 
 _ORDER = ("adapter", "embedding", "attention", "ffn", "head", "norm", "conv", "product")
 _PARTS = ("", ".quantized", ".scale", ".zero_point")
@@ -104,9 +106,15 @@ def summarize(program: Program, source: str, sizes: dict[str, int] | None = None
         roles=by_role(program, structure),
         layers=by_layer(program, total),
         history=program.history,
-        notes=program.notes,
+        notes=(*program.notes, *_start(program)),
         files=_files(Path(source)),
     )
+
+
+def _start(program: Program) -> tuple[str, ...]:
+    """What every text begins behind, in words."""
+    ids = start_of(program).ids
+    return (f"every text begins behind a prompt of {plural(len(ids), 'token')}",) if ids else ()
 
 
 def selected(program: Program, selector: str) -> tuple[Weight, ...]:

@@ -132,6 +132,7 @@ def test_chat_on_the_command_line(bundle, command: Command, monkeypatch):
     ran = command("run", bundle, "--chat", "--text", "the cat", "--text", "a dog",
                   "--max-new-tokens", 3, "--json")  # fmt: skip
     assert [m["role"] for m in ran.data["messages"]] == ["user", "assistant"] * 2
+    assert len(ran.data["paces"]) == 2 and ran.data["paces"][0]["first_token_seconds"] > 0
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n\na dog\n"))
     typed = command("run", bundle, "--chat", "--max-new-tokens", 3)
     assert typed.status == 0 and typed.out.count("tokens/s") == 2

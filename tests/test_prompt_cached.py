@@ -24,6 +24,7 @@ from ftc.runtime.engine import TorchEngine, open_engine
 from ftc.runtime.evaluate import evaluate
 from ftc.runtime.export import export
 from ftc.runtime.generate import next_tokens
+from ftc.runtime.summary import summarize
 from ftc.tests.families import captured
 from ftc.tests.small import decoder, short_decoder
 
@@ -106,11 +107,16 @@ def test_onto_a_bundle_with_a_cache(model, tmp_path):
         assert (each([[5, 6, 7]]) - wanted).norm() < tolerance * wanted.norm()
     notes = export(str(tmp_path / "folded"), tmp_path / "model.onnx").notes
     assert "not in the file" in notes[0]
+    notes = summarize(load_bundle(tmp_path / "folded"), "x").notes
+    assert (
+        notes[-1]
+        == f"every text begins behind a prompt of {len(ids_of(plain.engine.program))} tokens"
+    )
     assert not export(str(tmp_path / "plain"), tmp_path / "plain.onnx").notes
 
 
 def test_what_is_refused(model, tmp_path):
-    with pytest.raises(OrderError):  # not folded
+    with pytest.raises(OrderError, match=r"use cleanup,.*fold=true"):  # not folded
         compile_model(model, 'prompt{text="the cat"}', tmp_path / "out", task="generate")
     plain = replace(Cache()(captured("llama")[1]).program, assets=model)
     with pytest.raises(OrderError):

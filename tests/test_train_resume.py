@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,10 @@ def test_a_run_that_is_there_is_not_overwritten(folder: Path) -> None:
     (folder / "there.run" / "data.json").write_text("{}")
     with pytest.raises(UsageError, match="did not end"):
         train(_config(folder, "there"))
+    (folder / "bad.jsonl").write_text('{"text": "a cat", "label": null}\n')
+    with pytest.raises(UsageError, match=r"bad\.jsonl"):
+        train(replace(_config(folder, "there"), data=str(folder / "bad.jsonl")), force=True)
+    assert (folder / "there.run" / "data.json").exists()
 
 
 def test_other_options_and_other_data_are_refused(folder: Path, tmp_path: Path) -> None:

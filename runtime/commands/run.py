@@ -95,6 +95,7 @@ def _converse(output: Output, engine: Engine, texts: tuple[str, ...], asked: Ask
     chat = Chat(engine, asked)
     write = (lambda _: None) if output.json else output.write
     output.say.stop()
+    paces = []
     for text in texts or _lines(write):
         pace = Pace()
         try:
@@ -106,8 +107,9 @@ def _converse(output: Output, engine: Engine, texts: tuple[str, ...], asked: Ask
                 raise
             continue
         write(f"\n({describe_pace(pace)})\n")
+        paces.append(pace.to_dict())
     if output.json:
-        output.data({"engine": engine.label, "messages": chat.messages})
+        output.data({"engine": engine.label, "messages": chat.messages, "paces": paces})
 
 
 def _lines(write: Callable[[str], None]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from ftc.runtime.memory import peak_memory, release
 
 from .checkpoint import has_checkpoint
 from .config import TrainConfig
-from .data.encoder import Encoder
 from .data.order import Order
 from .data.table import Examples
 from .dataset import Dataset, check_files, load_dataset
@@ -37,11 +36,11 @@ from .engines.join import joined, make_engine
 from .loader import Loader
 from .log import Log
 from .modules import owned, trainable
-from .objectives.base import Objective, Scene
+from .objectives.base import Objective
 from .picture import draw_loss
 from .progress import Bar
 from .report import TrainReport, recorded
-from .shared import shared
+from .shared import prove_cut, proven
 from .start import (
     CHECKPOINTS,
     CONFIG,
@@ -52,10 +51,12 @@ from .start import (
     check_start,
     ended,
     fresh,
+    keep_data,
     learning,
     resumed,
     run_folder,
     same_data,
+    scene_of,
     teacher,
 )
 from .trainer import LAST, Options, Trainer
@@ -94,12 +95,10 @@ def train(
     set_threads(config.threads)
     with joined(config) as world:
         if config.steps == 0:
-            return _Run(config, _proven(lambda: captured(config, say), world), say, world).score()
+            return _Run(config, proven(lambda: captured(config, say), world), say, world).score()
         if dry_run:
             world.first(lambda: check_start(config, force))
-            return _Run(
-                config, _proven(lambda: learning(config, say), world), say, world
-            ).rehearse()
+            return _Run(config, proven(lambda: learning(config, say), world), say, world).rehearse()
         program, new = _begin(config, resume, force, say, world)
         release()  # the weights as they came
         run = _Run(config, program, say, world)
@@ -120,7 +119,7 @@ def _begin(
         before = resumed(config) if resume else None
         has_checkpoint(run_folder(config) / CHECKPOINTS / LAST)  # mends one half exchanged
         made = before or fresh(config, force, say)
-        if _prove(made, world):
+        if prove_cut(made, world):
             made = load_bundle(start, checked=True)  # of which nothing was read yet
         return made, before is None
 
@@ -130,26 +129,6 @@ def _begin(
     mesh = world.mesh
     spread = mesh.pp > 1 or mesh.fsdp > 1 or mesh.tp > 1
     return (program.clone() if spread else owned(program)), new
-
-
-def _prove(program: Program, world: World | Alone) -> bool:
-    """Runs a program whole and cut, if the mesh cuts it: one process does, for all of them."""
-    if world.mesh.tp == 1:
-        return False
-    from .engines.arrange import prove
-
-    prove(program, world.mesh.tp)
-    return True
-
-
-def _proven(make: Callable[[], Program], world: World | Alone) -> Program:
-    """A program to be changed, that is kept nowhere."""
-
-    def prepare() -> Program:
-        _prove(program := make(), world)
-        return program
-
-    return owned(shared(prepare, world))
 
 
 class _Run:
@@ -168,8 +147,7 @@ class _Run:
         self.config, self.say, self.world = config, say, world
         self.objective: Objective = config.made_objective()
         self.program = program
-        scene = Scene(program, Encoder.of(program, config.length),
-                      teacher=teacher(config, self.objective, say, world))  # fmt: skip
+        scene = scene_of(program, config, teacher(config, self.objective, say, world))
         self.data: Dataset = world.first(lambda: load_dataset(config, self.objective, scene, say))
         if not world.main:  # from the cache that the first one made
             self.data = load_dataset(config, self.objective, scene, say)
@@ -190,6 +168,7 @@ class _Run:
         folder, config = run_folder(self.config), self.config
         self.world.first(lambda: same_data(folder, self.data.fingerprint))
         trainer = self._trainer()
+        self.world.first(lambda: keep_data(folder, self.data.fingerprint))
         if trainer.resume():
             self.notes.append(f"went on after step {trainer.state.step:,}")
         board = Path(config.tensorboard) if config.tensorboard else None

@@ -14,6 +14,7 @@ from ftc.runtime.memory import release
 
 from .data.table import cache_folder
 from .engines import Alone, World
+from .modules import owned
 
 
 def shared(make: Callable[[], Program], world: World | Alone) -> Program:
@@ -43,3 +44,23 @@ def shared(make: Callable[[], Program], world: World | Alone) -> Program:
         if world.main:
             shutil.rmtree(folder, ignore_errors=True)
     return program
+
+
+def prove_cut(program: Program, world: World | Alone) -> bool:
+    """Runs a program whole and cut, if the mesh cuts it: one process does, for all of them."""
+    if world.mesh.tp == 1:
+        return False
+    from .engines.arrange import prove
+
+    prove(program, world.mesh.tp)
+    return True
+
+
+def proven(make: Callable[[], Program], world: World | Alone) -> Program:
+    """A program to be changed, that is kept nowhere."""
+
+    def prepare() -> Program:
+        prove_cut(program := make(), world)
+        return program
+
+    return owned(shared(prepare, world))

@@ -27,9 +27,11 @@ from ftc.runtime.memory import collected_by_hand, release
 from ftc.runtime.probes import make_context
 
 from .config import TrainConfig, read_config
+from .data.encoder import Encoder
+from .dataset import load_dataset
 from .engines import Alone, World
 from .modules import in_mode, move
-from .objectives.base import Objective, Tensors, hidden_name
+from .objectives.base import Objective, Scene, Tensors, hidden_name
 from .report import TrainReport
 from .shared import shared
 
@@ -104,6 +106,8 @@ def fresh(config: TrainConfig, force: bool, say: Say) -> Program:
     check_start(config, force)
     program = learning(config, say)
     folder = run_folder(config)
+    if _is_run(folder):  # data that is refused takes no earlier run with it
+        load_dataset(config, config.made_objective(), scene_of(program, config), say)
     shutil.rmtree(folder, ignore_errors=True)
     say("saving the start of the run")
     save_bundle(program, folder / PROGRAM)
@@ -153,6 +157,16 @@ def _check_same(config: TrainConfig, path: Path) -> None:
                              fix="give the same options, or start again: --force")  # fmt: skip
 
 
+def scene_of(program: Program, config: TrainConfig, teacher: Any = None) -> Scene:
+    """What an objective knows of a run besides its batches."""
+    return Scene(program, Encoder.of(program, config.length), teacher=teacher)
+
+
+def keep_data(folder: Path, fingerprint: str) -> None:
+    """Says which data a run is on; from here on it is one that can be lost."""
+    _write(folder / DATA, json.dumps({"sha256": fingerprint}))
+
+
 def same_data(folder: Path, fingerprint: str) -> None:
     """Refuses to go on with a run whose data has changed.
 
@@ -161,8 +175,8 @@ def same_data(folder: Path, fingerprint: str) -> None:
     """
     path = folder / DATA
     if not path.exists():
-        _write(path, json.dumps({"sha256": fingerprint}))
-    elif json.loads(path.read_text(encoding="utf-8"))["sha256"] != fingerprint:
+        return
+    if json.loads(path.read_text(encoding="utf-8"))["sha256"] != fingerprint:
         raise UsageError("the data has changed since the run began",
                          fix="restore it, or start again: --force")  # fmt: skip
 
