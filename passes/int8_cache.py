@@ -56,7 +56,8 @@ class Int8Cache(Pass):
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Puts codes between the runs, and floats before everything that reads them."""
         if not any(spec.dtype.is_floating_point for spec in states(rw.program.signature)):
-            return  # they are codes already
+            rw.note("the cache is in 8 bits already")
+            return
         before = rw.program.clone()
         joined = _joined(rw)
         steps = _steps(rw.program, joined, ctx)

@@ -78,7 +78,7 @@ def _place(
         because = f"after {' and '.join(earlier)}" if earlier else "here"
         raise _Conflict(
             f"{who} cannot run {because}: the program is {' and '.join(hindering)}",
-            None if earlier else "start from the program as it was before that",
+            None if earlier else _instead(each, facts),
         )
     for fact in sorted(each.needed - facts):
         if fact in facts:
@@ -90,6 +90,14 @@ def _place(
         facts = _place(added, why, facts, planned, later, (*needing, each))
     planned.append((each, reason))
     return facts | each.provides
+
+
+def _instead(each: Pass, facts: frozenset[str]) -> str:
+    """What to do where the program itself hinders a pass."""
+    freer = each.freer()
+    if freer is not None and not freer.forbids & facts:
+        return f"use {freer.spec}"
+    return "start from the program as it was before that"
 
 
 def _noun(fact: str) -> str:

@@ -97,6 +97,12 @@ def test_on_disk(tmp_path: Path) -> None:
     assert tokens[0] == tokens[1]
 
 
+def test_once_is_enough() -> None:
+    program = Pipeline.parse("int8_cache").run(captured("llama")[1]).program
+    again = Int8Cache()(program).record
+    assert again.modified == 0 and again.notes == ("the cache is in 8 bits already",)
+
+
 def test_what_is_refused() -> None:
     cached = Pipeline.parse("cache").run(captured("llama")[1]).program
     with pytest.raises(BudgetError, match="budget"):

@@ -101,6 +101,8 @@ def test_onto_a_bundle_with_a_cache(model, tmp_path):
     compile_model(tmp_path / "folded", "int8{min_size=0}", tmp_path / "int8")
     with pytest.raises(OrderError, match="prompted"):
         compile_model(tmp_path / "int8", PASS, tmp_path / "twice")
+    with pytest.raises(OrderError, match="fold=true"):
+        compile_model(tmp_path / "plain", 'prompt{text="the cat"}', tmp_path / "twice")
     plain, *folded = (Decoder(open_engine(str(tmp_path / n))) for n in ("plain", "folded", "int8"))
     wanted = plain([[*ids_of(plain.engine.program), 5, 6, 7]])
     for each, tolerance in zip(folded, (1e-4, 0.1), strict=True):
