@@ -25,8 +25,9 @@ from ftc.tests.ranks import (
     assert_same_step,
     check_in_processes,
     gradients,
+    in_float64,
     loss_of,
-    whole_step,
+    whole_gradients,
 )
 from ftc.tests.tiny import custom
 
@@ -62,8 +63,9 @@ def notes(program: Program) -> str:
 
 def in_lockstep(program: Program, size: int) -> None:
     """Every rank's outputs and gradients are those of the whole program."""
+    program = in_float64(program)
     probe = program.signature.probe(seed=3)
-    expected = whole_step(program, probe)
+    expected = whole_gradients(program, probe)
     ranks = [shard_program(program, rank, size) for rank in range(size)]
     outputs = run_ranks(ranks, probe)
     torch.stack([loss_of(each) for each in outputs]).sum().backward()
@@ -81,9 +83,10 @@ def test_ranks_compute_the_same_step(name: str, base: str, size: int) -> None:
     assert "whole" not in notes(program)
     in_lockstep(program, size)
     if base == "full":
-        before = whole_step(based(name, base), probe := program.signature.probe(seed=3))
-        after = whole_step(program, probe)
-        assert_same_step(based(name, base), 0, 1, after.outputs, after.gradients, before)
+        before, after = in_float64(based(name, base)), in_float64(program)
+        probe = after.signature.probe(seed=3)
+        step = whole_gradients(after, probe)
+        assert_same_step(before, 0, 1, *step, whole_gradients(before, probe))
 
 
 def test_processes_compute_the_same_step(tmp_path: Path) -> None:
