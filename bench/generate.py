@@ -16,7 +16,6 @@ made stays in a folder.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -24,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from ftc.runtime.measure import Timing, interleaved, machine, ratio
 
 PROMPTS, CACHED = (32, 128, 512), (32, 64, 128, 512, 1024)
 BASE = "onnxruntime-genai int4"
+BESIDE = ("onnxruntime-genai", "openvino", "nncf")
 _WINDOW = 128
 
 
@@ -209,15 +208,6 @@ def picture(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def versions() -> dict[str, str]:
-    """Of what ftc is beside, where it is installed."""
-    found = {}
-    for name in ("onnxruntime-genai", "openvino", "nncf"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
 def say(text: str) -> None:
     """Progress, on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -253,9 +243,10 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rows = measure(folder, options)
     show(rows)
-    print("\n" + ", ".join(f"{name} {version}" for name, version in versions().items()))
+    here = machine(*BESIDE)
+    print("\n" + ", ".join(f"{name} {here[name] or 'not installed'}" for name in BESIDE))
     if options.json:
-        found = {"machine": machine() | versions(), "rows": [asdict(row) for row in rows]}
+        found = {"machine": here, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.png:
         picture(rows, options.png)

@@ -13,9 +13,9 @@ multiplies by the codes as they lie; elsewhere they are floats again for each ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -121,8 +121,7 @@ def _steps(program: Program, joined: Mapping[str, fx.Node], ctx: Context) -> dic
         return watch
 
     signature = program.signature
-    random = signature.probe(seed=ctx.seed + 1000, **{signature.dims[0]: _ROWS})
-    data = ctx.calibration or (random,)
+    data = ctx.calibration or (signature.probe(seed=ctx.seed + 1000, **{signature.dims[0]: _ROWS}),)
     given = [_first_step(program, each) for each in data]
     new = {name: node.args[0][1] for name, node in joined.items()}  # type: ignore[index]
     observe(program, given, {node: keep(name) for name, node in new.items()})  # type: ignore[misc]
@@ -142,8 +141,7 @@ def _first_step(program: Program, given: Inputs) -> Inputs:
 
 def _code(rw: Rewriter, name: str, joined: fx.Node, steps: Tensor) -> None:
     """Codes of the new keys or values behind those of the past, and floats for who reads them."""
-    pair: Any = joined.args[0]
-    past, new = pair
+    past, new = cast(Sequence[fx.Node], joined.args[0])
     step = rw.add_buffer(f"{name}.step", steps)
     readers = [user for user in joined.users if user.op != "output"]
     with rw.after(joined):

@@ -126,9 +126,10 @@ def _suggestion(passes: Sequence[Pass], facts: frozenset[str]) -> str:
     """An order of the same passes that works, nearest to the one asked for, or of freer ones."""
     if len(passes) <= _TRIED:
         freer = [each.freer() or each for each in passes]
-        for order in (*permutations(passes), *permutations(freer)):
-            if _works(order, facts):
-                return f"use {order_text(order)}"
+        for kind in [passes] if freer == list(passes) else [passes, freer]:
+            for order in permutations(kind):
+                if _works(order, facts):
+                    return f"use {order_text(order)}"
     return "no order of these passes works: leave one out"
 
 

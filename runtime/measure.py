@@ -113,8 +113,12 @@ def noise(a: Timing, b: Timing) -> str:
 
 
 @cache
-def machine() -> dict[str, Any]:
-    """The processor, its instruction sets that matter here, cores, and versions of the engines."""
+def machine(*packages: str) -> dict[str, Any]:
+    """The processor, its instruction sets that matter here, cores, and versions of the engines.
+
+    Args:
+        packages: others whose version matters; None for one that is not installed.
+    """
     return {
         "processor": _processor(),
         "instructions": [name for name in _INSTRUCTIONS if name in _flags()],
@@ -122,7 +126,7 @@ def machine() -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: _version(name) for name in (*_PACKAGES, *packages)},
     }
 
 

@@ -91,7 +91,7 @@ def _in_codes(
     operands = [m for x in (query, keys.new, values.new) if (m := merged(e, x)) is not None]
     if len(operands) < 3:
         return None
-    how |= {"q_num_heads": e.dims(query)[1], "kv_num_heads": e.dims(keys.new)[1]}
+    how = how | {"q_num_heads": e.dims(query)[1], "kv_num_heads": e.dims(keys.new)[1]}
     steps = keys.step, values.step
     found = grouped(e, operands, mask, (keys.past, values.past), how, steps)
     if found is None:
