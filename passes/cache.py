@@ -74,20 +74,11 @@ class Cache(Pass):
 
     logits: Literal["last", "all"] = "last"
 
-    def requires(self, program: Program) -> None:
-        """Refuses a program whose outputs are not one row a token."""
-        leading = program.signature.inputs[0].shape[:2]
-        for spec in program.signature.outputs:
-            if len(spec.shape) != 3 or spec.shape[:2] != leading:
-                raise PreconditionError(
-                    f"{self.spec}: the output {spec.name} is no row for each token",
-                    fix="capture the model with --task causal-lm",
-                )
-
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Adds the inputs, joins them with the keys and values, and returns those."""
         attentions = Attentions(rw)
         sequence = self._causal(rw, attentions)
+        self._check_outputs(rw.program)
         count = len(attentions.places)
         mask = _add_inputs(rw, sequence, attentions.places)
         placed = {spec.name: node for node, spec in inputs(rw.program)}
@@ -144,9 +135,18 @@ class Cache(Pass):
                 f"{self.spec}: tokens of this model see those after them, so nothing that is "
                 "computed for one can be kept",
                 where=describe(ahead),
-                fix="a cache is for a causal model",
+                fix="leave it out: a cache is for a causal model",
             )
         return sequence
+
+    def _check_outputs(self, program: Program) -> None:
+        leading = program.signature.inputs[0].shape[:2]
+        for spec in program.signature.outputs:
+            if len(spec.shape) != 3 or spec.shape[:2] != leading:
+                raise PreconditionError(
+                    f"{self.spec}: the output {spec.name} is no row for each token",
+                    fix="capture the model with --task causal-lm",
+                )
 
 
 def _add_inputs(rw: Rewriter, sequence: Sequence, places: tuple[Place, ...]) -> str | None:

@@ -147,6 +147,8 @@ class Pipeline:
                 after = _note(each(current, ctx).program, reason)
                 after = _note(after, _nothing_left(each, after.history, known))
             except FtcError as error:
+                if reason is not None:
+                    error.what += f" ({reason})"
                 observer.failed(each, current, error)
                 raise
             observer.finished(each, current, after)

@@ -11,13 +11,13 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ftc.graph.bundle import is_bundle
+from ftc.graph.cached import is_cached
 from ftc.graph.cost import cost
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
@@ -27,6 +27,7 @@ from ftc.graph.words import listed
 from .console import format_sizes
 from .engine import MODEL, Engine, OnnxEngine, TorchEngine, open_engine, set_threads
 from .measure import Timing, interleaved, machine, noise, ratio
+from .steps import step_sizes, steps, token_types, usual_steps
 
 _TEXT_SHAPES = ((8, 128), (4, 128), (2, 128), (1, 128), (1, 64), (1, 32), (1, 16), (1, 8))
 LARGE = 13e9
@@ -88,7 +89,8 @@ def bench(
     Args:
         source, against: a bundle, or a model that can be captured.
         threads: of both engines.
-        shapes: sizes of dynamic dimensions, ``batch=8,sequence=128``; two usual ones by default.
+        shapes: sizes of dynamic dimensions, ``batch=8,sequence=128``; usual ones by default. Of
+            a program with a cache ``past=512`` is how many tokens are there before.
         seconds: to spend on each shape.
         progress: told what runs.
 
@@ -103,8 +105,7 @@ def bench(
             task = other.program.signature.task
             base = _lowered(against, Path(scratch) / "base.onnx", progress, task)
             _check_inputs(source, other.program, against, base.program)
-        signature = other.program.signature
-        sizes = [signature.parse_sizes(s) for s in shapes] or usual_shapes(base.program)
+        sizes = _sizes(shapes, base.program, other.program)
         latencies = compare(base, other, sizes, seconds=seconds, progress=progress)
     names = (f"{source}, graph" if against is None else against, source)
     labels = [f"{name} ({e.label})" for name, e in zip(names, (base, other), strict=True)]
@@ -127,8 +128,15 @@ def _lowered(
     return OnnxEngine(program, path)
 
 
+def _sizes(shapes: Sequence[str], base: Program, other: Program) -> list[dict[str, int]]:
+    cached = next((p.signature for p in (other, base) if is_cached(p.signature)), None)
+    if cached is None:
+        return [other.signature.parse_sizes(s) for s in shapes] or usual_shapes(base)
+    return [step_sizes(cached, cached.parse_sizes(s)) for s in shapes] or usual_steps(cached)
+
+
 def _check_inputs(source: str, program: Program, against: str, other: Program) -> None:
-    mine, theirs = (p.signature.input_types for p in (program, other))
+    mine, theirs = (token_types(p.signature) for p in (program, other))
     if mine != theirs:
         raise UsageError(
             f"{source} takes {_beyond(mine, theirs)}, but {against} takes {_beyond(theirs, mine)}",
@@ -153,10 +161,9 @@ def compare(
     """Times both engines in turns at each shape, on the same random inputs."""
     found = []
     for sizes in shapes:
-        inputs = other.program.signature.probe(seed=0, **sizes)
         progress(f"measuring {format_sizes(sizes)}")
-        runs = {"base": partial(base, inputs), "other": partial(other, inputs)}
-        times = interleaved(runs, seconds=seconds)
+        runs = zip(("base", "other"), steps((base, other), sizes), strict=True)
+        times = interleaved(dict(runs), seconds=seconds)
         speedup = ratio(times["base"], times["other"])
         found.append(Latency(dict(sizes), times["base"], times["other"], speedup))
     return tuple(found)

@@ -109,7 +109,7 @@ class InPlace:
                 self._buffers[name][:, :, : held.shape[2]] = held.numpy()
         self._binding.inputs(self._given(ids, mask))
         scores = self._signature.outputs[0]
-        shape = (batch, ids.shape[1] if scores.shape[1] != 1 else 1, scores.shape[2])
+        shape = (batch, ids.shape[1] if scores.shape[1] != 1 else 1, int(scores.shape[2]))
         if self._scores.shape != shape:
             self._scores = torch.empty(shape, dtype=scores.dtype)
             self._binding.output(scores.name, self._scores.numpy())

@@ -147,12 +147,19 @@ def test_behind_quantization_and_from_disk(passes, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("bert", "see those after"), ("xlnet", "more keys"), ("vit", "no row for each token")],
+    [("bert", "see those after"), ("xlnet", "more keys"), ("vit", "reads no tokens")],
 )
 def test_what_has_no_cache_is_refused(name, words):
     with pytest.raises(PreconditionError, match=words) as caught:
         Cache()(captured(name)[1])
     assert caught.value.fix
+
+
+def test_outputs_of_a_whole_text_have_no_cache():
+    program = Pipeline.parse("head{labels=2}").run(tiny("llama")).program
+    with pytest.raises(PreconditionError, match=r"no row for each .*added: int8_cache") as caught:
+        Pipeline.parse("int8_cache").run(program)
+    assert "causal-lm" in (caught.value.fix or "")
 
 
 @pytest.mark.parametrize("other", ["cache", "prompt{tokens=3}", "prefix{tokens=3}"])
