@@ -7,7 +7,10 @@ timeout, with an error that says what to do.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -100,9 +103,19 @@ class World:
         self.speaks = self.data_rank == self.place("tp") == 0
 
     def leave(self) -> None:
-        """Ends the connection; without waiting for anybody."""
+        """Ends the connection; without waiting for anybody.
+
+        The threads of a group end when nothing holds it, at the latest before the interpreter
+        ends. One that drops a tensor after that aborts the process (pytorch issue 190489).
+        """
         placement.place(Placement())
         dist.destroy_process_group()
+        del self.devices, self._data
+        if "torch.distributed.tensor" in sys.modules:
+            from torch.distributed.tensor import debug
+
+            debug._clear_sharding_prop_cache()  # whose entries hold the mesh
+        atexit.register(let_go)
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The processes along one axis: ``pp``, ``dp``, ``fsdp``, ``tp`` or ``data``."""
@@ -188,6 +201,12 @@ class World:
             kind, what, where, fix = said[0]
             raise kind(what, where=where, fix=fix)
         return made
+
+
+def let_go() -> None:
+    """Ends the threads of groups that only cycles hold: engines, and parts of weights in them."""
+    for _ in range(2):  # a tensor that C++ holds too survives the first time
+        gc.collect()
 
 
 def add_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
