@@ -23,6 +23,8 @@ calibration data too closely.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -41,26 +43,49 @@ _BLOCK = 128
 _ROWS = 4096  # rounded together: a table has ten times as many
 
 
-def compensate(
-    weight: Tensor,
-    gram: Tensor,
-    scheme: Scheme,
-    *,
-    cross: Tensor | None = None,
-    damping: float = DAMPING,
-) -> Coded:
+@dataclass(frozen=True)
+class Curvature:
+    """What the inputs of products say about their weights: the same for all that read them.
+
+    Attributes:
+        order: of the columns, as they are rounded ``[in]``.
+        factor: ``U`` in that order, float32 ``[in, in]``.
+        importance: ``diag G`` in that order ``[in]``.
+        shift: ``(C - G)`` with its columns in that order ``[in, in]``; None where ``x'`` is ``x``.
+    """
+
+    order: Tensor
+    factor: Tensor
+    importance: Tensor
+    shift: Tensor | None
+
+    @classmethod
+    def of(
+        cls, gram: Tensor, group_size: int, *, cross: Tensor | None = None, damping: float = DAMPING
+    ) -> Curvature:
+        """From calibration data.
+
+        Args:
+            gram: ``E x'^T x'`` ``[in, in]``, of the inputs that the products will have.
+            group_size: divides ``in``.
+            cross: ``E x^T x'`` ``[in, in]`` with the inputs of the float model; None: the same.
+            damping: above 0.
+        """
+        order = _order(gram.diagonal(), group_size)
+        factor = cholesky_of_inverse(gram[order][:, order], damping).float()
+        shift = None if cross is None else (cross - gram)[:, order]
+        return cls(order, factor, gram.diagonal()[order].float(), shift)
+
+
+def compensate(weight: Tensor, curvature: Curvature, scheme: Scheme) -> Coded:
     """Rounds ``weight`` to 4 bits so that its outputs on the calibration data change least.
 
     Args:
         weight: float ``[out, in]``.
-        gram: ``E x'^T x'`` ``[in, in]``, of the inputs that the product will have.
+        curvature: of its inputs, for groups as long as those of ``scheme``.
         scheme: ``group_size`` divides ``in``.
-        cross: ``E x^T x'`` ``[in, in]`` with the inputs of the float model; None: the same.
-        damping: above 0.
     """
-    order = _order(gram.diagonal(), scheme.group_size)
-    factor = cholesky_of_inverse(gram[order][:, order], damping).float()
-    importance = gram.diagonal()[order].float()
+    order, factor = curvature.order, curvature.factor
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
     groups = back[:: scheme.group_size] // scheme.group_size
@@ -68,10 +93,11 @@ def compensate(
     for start in range(0, len(weight), _ROWS):  # each row is rounded for itself
         rows = weight.detach()[start : start + _ROWS].float()
         columns = rows[:, order]
-        if cross is not None:
-            shift = (rows @ (cross - gram))[:, order]
-            columns = columns + PULL * ((shift @ factor.T) @ factor)
-        codes, scale, zero = _round_columns(columns.T.contiguous(), factor, importance, scheme)
+        if curvature.shift is not None:
+            columns = columns + PULL * ((rows @ curvature.shift @ factor.T) @ factor)
+        codes, scale, zero = _round_columns(
+            columns.T.contiguous(), factor, curvature.importance, scheme
+        )
         scale, zero = scale[:, groups], zero[:, groups]
         signed = codes.T[:, back].view(*scale.shape, -1) + zero.unsqueeze(-1)
         made.append((signed.flatten(1).to(torch.int8), scale, zero.to(torch.int8)))

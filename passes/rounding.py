@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from ftc.graph.coded import Coded
-from ftc.graph.gptq import compensate, output_error
+from ftc.graph.gptq import Curvature, compensate, output_error
 from ftc.graph.gram import grams
 from ftc.graph.grids import keep_grid
 from ftc.graph.program import Program
@@ -115,7 +115,8 @@ class Rounding:
                 made[name] = to_nearest(weight, self._scheme)
                 continue
             gram = torch.stack([found[x] for x in each]).mean(0)
-            coded = compensate(weight, gram, self._scheme)
+            curvature = Curvature.of(gram, self._scheme.group_size)
+            coded = compensate(weight, curvature, self._scheme)
             made[name] = Rounded(coded, error=output_error(weight, coded.weight(), gram))
         return made
 
@@ -157,7 +158,7 @@ class _Visit:
         self, program: Program, scheme: Scheme, names: Mapping[fx.Node, str], rank: int
     ) -> None:
         self._program, self._scheme, self._names, self._rank = program, scheme, names, rank
-        self._last: tuple[fx.Node, _Moments] | None = None
+        self._last: tuple[fx.Node, _Moments, Curvature] | None = None
         self.made: dict[str, Rounded] = {}
 
     def __call__(
@@ -165,8 +166,8 @@ class _Visit:
     ) -> tuple[Tensor, Tensor]:
         name = self._names[node]
         weight = self._program.tensor(name).detach()
-        moments = self._moments(node, x, other)
-        coded = compensate(weight, moments.gram, self._scheme, cross=moments.cross)
+        moments, curvature = self._seen(node, x, other)
+        coded = compensate(weight, curvature, self._scheme)
         restored = coded.weight()
         added = residual(weight, restored, self._rank, moments.gram)
         if added is not None:
@@ -179,13 +180,18 @@ class _Visit:
         self.made[name] = Rounded(coded, bias=bias, error=error, residual=added)
         return restored.to(weight.dtype), bias
 
-    def _moments(self, node: fx.Node, x: list[Tensor], other: list[Tensor]) -> _Moments:
-        """Products with one input come one after another, mostly: the last moments are kept."""
+    def _seen(
+        self, node: fx.Node, x: list[Tensor], other: list[Tensor]
+    ) -> tuple[_Moments, Curvature]:
+        """Products with one input come one after another, mostly: what the last says is kept."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if self._last is None or self._last[0] is not source:
-            self._last = (source, _Moments.of(x, other))
-        return self._last[1]
+            self._last = None  # before there is another
+            found = _Moments.of(x, other)
+            size = self._scheme.group_size
+            self._last = (source, found, Curvature.of(found.gram, size, cross=found.cross))
+        return self._last[1:]
 
 
 def _bias(product: fx.Node) -> fx.Node | None:

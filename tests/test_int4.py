@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ftc.graph.capture import capture_module
 from ftc.graph.errors import UsageError
-from ftc.graph.gptq import compensate, output_error
+from ftc.graph.gptq import Curvature, compensate, output_error
 from ftc.graph.grids import keep_grid
 from ftc.graph.products import products
 from ftc.graph.program import Program
@@ -111,7 +111,7 @@ def test_compensated_rounding_keeps_outputs_better_than_nearest(seed: int) -> No
     weight = torch.randn(24, 64)
     gram = x.T @ x / len(x)
     nearest = to_nearest(weight, GROUPS).coded.weight()
-    made = compensate(weight, gram, GROUPS).weight()
+    made = compensate(weight, Curvature.of(gram, GROUPS.group_size), GROUPS).weight()
     assert output_error(weight, made, gram) < 0.7 * output_error(weight, nearest, gram)
 
 
