@@ -175,6 +175,8 @@ def usual_shapes(program: Program, most: float = LARGE) -> list[dict[str, int]]:
     A program without a sequence is measured at one row and at eight; one without
     dynamic dimensions at the shape that it has.
     """
+    if is_cached(program.signature):
+        return usual_steps(program.signature)
     dims, limits = program.signature.dims, program.signature.limits
     if not dims:
         return [{}]

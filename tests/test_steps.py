@@ -65,3 +65,10 @@ def test_bench_of_caches_of_any_kind(chat: tuple[Path, Path], tmp_path: Path) ->
         assert [each.sizes["past"] for each in found.latencies] == [6, 0]
     both = bench(str(model), str(out), seconds=0)
     assert [each.sizes["sequence"] > 1 for each in both.latencies] == [True, False, False]
+
+
+def test_a_cached_bundle_is_compiled_again_and_measured(
+    chat: tuple[Path, Path], tmp_path: Path
+) -> None:
+    report = compile_model(str(chat[1]), "cleanup", tmp_path / "again")
+    assert {each.sizes["past"] for each in report.latencies} > {0}
