@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from onnx_ir import Value
 
+from ftc.graph import quantized_ops  # noqa: F401  (registers torch.ops.ftc)
+
 from .emitter import Emitter
 from .table import lowers
 
