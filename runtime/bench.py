@@ -173,11 +173,14 @@ def usual_shapes(program: Program, most: float = LARGE) -> list[dict[str, int]]:
     """A small and a large shape: one short row; and tokens for about ``most`` multiply-adds.
 
     A program without a sequence is measured at one row and at eight; one without
-    dynamic dimensions at the shape that it has.
+    dynamic dimensions at the shape that it has; one with a cache at steps that long.
     """
-    if is_cached(program.signature):
-        return usual_steps(program.signature)
     dims, limits = program.signature.dims, program.signature.limits
+    if is_cached(program.signature):
+        sizes = program.signature.sizes()
+        tokens = math.prod(sizes[str(dim)] for dim in program.signature.inputs[0].shape)
+        each = cost(program).operations / tokens
+        return usual_steps(program.signature, max(2, int(most / each)))
     if not dims:
         return [{}]
     if len(dims) == 1:

@@ -24,9 +24,15 @@ _BEHIND = (64, 512)  # tokens that a new one is measured behind
 _PROMPT = 128
 
 
-def usual_steps(signature: Signature) -> list[dict[str, int]]:
-    """A prompt, and a token behind two lengths of past, as far as the limit of tokens allows."""
-    limit = token_limit(signature) or _PROMPT + max(_BEHIND)
+def usual_steps(signature: Signature, most: int | None = None) -> list[dict[str, int]]:
+    """A prompt, and a token behind two lengths of past.
+
+    Args:
+        signature: of a cached program, whose limit of tokens holds too.
+        most: tokens of a step, old and new; at least 2.
+    """
+    bounds = (most, token_limit(signature), _PROMPT + max(_BEHIND))
+    limit = min(bound for bound in bounds if bound is not None)
     behind = sorted({min(past, limit - 1) for past in _BEHIND})
     return [_at(signature, min(_PROMPT, limit), 0), *(_at(signature, 1, past) for past in behind)]
 

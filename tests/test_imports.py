@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +57,23 @@ def test_files_stay_readable(path):
     assert len(text.splitlines()) <= LONGEST
     if text.strip():
         assert ast.get_docstring(ast.parse(text)), "a file opens by saying what it is for"
+
+
+def test_who_names_an_operator_of_ftc_registers_it() -> None:
+    """Whichever module is imported first: each in a fork of a process that has torch alone."""
+    paths = [p for p in SOURCES if "torch.ops.ftc" in p.read_text()]
+    modules = [".".join(["ftc", *p.relative_to(ROOT).with_suffix("").parts]) for p in paths]
+    script = (
+        "import importlib, os, sys, torch\n"
+        "for name in sys.argv[1:]:\n"
+        "    if not os.fork():\n"
+        "        importlib.import_module(name)\n"
+        "        os._exit(0)\n"
+        "    if os.wait()[1]:\n"
+        "        sys.exit(f'{name} cannot be imported first')\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 def test_the_root_holds_no_other_module():

@@ -12,7 +12,7 @@ import torch
 from ftc.graph.cached import Names
 from ftc.graph.errors import UsageError
 from ftc.passes.pipeline import Pipeline
-from ftc.runtime.bench import bench
+from ftc.runtime.bench import bench, usual_shapes
 from ftc.runtime.compile import compile_model
 from ftc.runtime.engine import TorchEngine, open_engine
 from ftc.runtime.steps import step_sizes, steps, token_types, usual_steps
@@ -49,7 +49,8 @@ def test_sizes_of_a_step_are_within_what_is_read() -> None:
     assert step_sizes(signature, {"past": 7}) == {"batch": 1, "sequence": 1, "past": 7}
     for limit in (2, 100, 10_000):
         limited = replace(signature, limits={total: limit})
-        assert all(s["sequence"] + s["past"] <= limit for s in usual_steps(limited))
+        bounded = usual_steps(limited) + usual_steps(signature, limit)
+        assert all(s["sequence"] + s["past"] <= limit for s in bounded)
         step_sizes(limited, {"sequence": 1, "past": limit - 1})
         with pytest.raises(UsageError, match=f"{limit + 1:,} tokens") as caught:
             step_sizes(limited, {"sequence": 1, "past": limit})
@@ -72,3 +73,12 @@ def test_a_cached_bundle_is_compiled_again_and_measured(
 ) -> None:
     report = compile_model(str(chat[1]), "cleanup", tmp_path / "again")
     assert {each.sizes["past"] for each in report.latencies} > {0}
+
+
+def test_what_is_measured_unasked_is_bounded() -> None:
+    program = Pipeline.parse("cache").run(captured("llama")[1]).program
+    lengths = [
+        max(s["sequence"] + s["past"] for s in usual_shapes(program, most))
+        for most in (1.0, 1e5, 1e12)
+    ]
+    assert lengths == sorted(set(lengths)) and lengths[0] == 2
