@@ -5,13 +5,16 @@ Trainability *is* ``requires_grad`` on the parameters; nothing else records it.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ftc.graph.adapters import adapter_kind
 from ftc.graph.errors import PreconditionError
+from ftc.graph.provenance import provenance
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.select import select
-from ftc.graph.words import plural
+from ftc.graph.words import listed, plural
 
 from .base import Context, Effect, Pass
 
@@ -22,7 +25,8 @@ class Freeze(Pass):
 
     Options:
         train: ``all``, ``none``, a role (``ffn``, ``attention``, ``norm``, ``bias``,
-            ``head``, ``adapter``, …) or any other selector, such as ``norm|bias``.
+            ``head``, ``adapter``, …) or any other selector, such as ``norm|bias``; a norm's
+            bias is of ``norm``.
     """
 
     name: ClassVar[str] = "freeze"
@@ -44,6 +48,22 @@ class Freeze(Pass):
             f"{trained:,} of {plural(total, 'parameter')} train ({share:.1%}), "
             f"in {len(chosen)} of {plural(len(parameters), 'tensor')}"
         )
+        if chosen:
+            self._say_new(rw, parameters.keys() - chosen)
+
+    def _say_new(self, rw: Rewriter, frozen: Set[str]) -> None:
+        """Says which parameters stay as a pass began them, which nothing has trained before."""
+        new = {r.spec for r in rw.program.history if r.effect == Effect.INTERFACE.value}
+        roles = {}
+        for node in rw.graph.find_nodes(op="get_attr"):
+            if (name := str(node.target)) in frozen and (
+                adapter_kind(name) or provenance(node).made_by in new
+            ):
+                roles[name] = "adapter" if adapter_kind(name) else "head"
+        if roles:
+            more = "|".join([self.train, *sorted(set(roles.values()))])
+            rw.note(f"frozen as a pass began them: {listed(sorted(roles))}; "
+                    f"freeze{{train={more}}} trains them too")  # fmt: skip
 
     def _chosen(self, rw: Rewriter, names: set[str]) -> frozenset[str]:
         """The names to train: a tied tensor is chosen under any of its names.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ftc.graph.bundle import load_bundle, save_bundle
 from ftc.runtime.training.config import TrainConfig
@@ -23,12 +27,19 @@ TASKS = Path("/proc/self/task")
 pytestmark = pytest.mark.skipif(not TASKS.exists(), reason="no /proc/self/task")
 
 
+def _holders() -> list[str]:
+    """What still refers to a group: what a failure shows."""
+    kinds = (dist.ProcessGroup, dist.device_mesh.DeviceMesh, dist.distributed_c10d.Store)
+    return [f"{type(each).__name__} < {[type(r).__name__ for r in gc.get_referrers(each)]}"
+            for each in gc.get_objects() if isinstance(each, kinds)]  # fmt: skip
+
+
 def _gloo_threads() -> int:
     return sum("gloo" in (task / "comm").read_text() for task in TASKS.iterdir())
 
 
-def _threads(folder: Path, mesh: str) -> tuple[int, int]:
-    """While an engine has made a step, and when the process ends."""
+def _threads(folder: Path, mesh: str) -> tuple[int, int, Any]:
+    """While an engine has made a step, and when the process ends; what is left then."""
     program = owned(load_bundle(folder))
     world = World(Mesh.parse(mesh), torch.device("cpu"), 60.0)
     engine = make_engine(program, Squares(), Scene(program, None), TrainConfig(mesh=mesh), world)  # type: ignore[arg-type]
@@ -38,11 +49,14 @@ def _threads(folder: Path, mesh: str) -> tuple[int, int]:
     del engine, program  # whose weights may be parts
     world.leave()
     let_go()  # as when the process ends
-    return during, _gloo_threads()
+    at_once, end = _gloo_threads(), time.monotonic() + 5
+    while (after := _gloo_threads()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return during, after, (at_once, _holders(), gc.collect(), _gloo_threads())
 
 
 @pytest.mark.parametrize("mesh", ["dp=2", "fsdp=2", "tp=2", "pp=2"])
 def test_no_thread_of_a_group_outlives_the_run(mesh: str, tmp_path: Path) -> None:
     save_bundle(tiny("llama"), tmp_path / "program")
-    for during, after in spread(2, _threads, tmp_path / "program", mesh):
-        assert during > 0 and after == 0
+    for during, after, left in spread(2, _threads, tmp_path / "program", mesh):
+        assert during > 0 and after == 0, left

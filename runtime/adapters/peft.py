@@ -43,6 +43,10 @@ _TASKS = {
 }
 
 
+_ANY_TASK = "FEATURE_EXTRACTION"
+"""Of other models: without a task PEFT would load a prefix or a prompt and not use it."""
+
+
 def save_peft(
     program: Program, folder: str | Path, *, base: str | None = None, force: bool = False
 ) -> Path:
@@ -71,7 +75,7 @@ def save_peft(
             fix="save the adapters before these passes run, or in ftc's own format: save_adapters",
         )
     shared = {
-        "task_type": _TASKS.get(program.signature.task),
+        "task_type": _TASKS.get(program.signature.task, None if kind == "lora" else _ANY_TASK),
         "base_model_name_or_path": base,
         "inference_mode": True,
     }

@@ -10,19 +10,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ftc.graph.errors import UsageError, nearest
+from ftc.graph.words import plural
 from ftc.passes.pipeline import Pipeline
 
 from .engine import EngineOptions, Precision
 from .engines.mesh import Mesh
 from .engines.schedules import check_microbatches, check_options, kind_of
 from .objectives import Objective, parse_objective
+from .objectives.distill import Distillation
 from .schedule import Schedule
 
 
@@ -169,8 +171,11 @@ class TrainConfig:
                              fix="name a folder")  # fmt: skip
         if self.patience and not self.eval:
             raise UsageError("patience needs data to evaluate on", where=where, fix="--eval 0.1")
+        if self.teacher and (name := self.made_objective().name) != Distillation.name:
+            fix = f"--objective {Distillation.name}, or leave teacher out"
+            raise UsageError(f"{name} has no teacher", where=where, fix=fix)
+        kind = kind_of(self.pipeline)
         if (mesh := self.made_mesh()).pp > 1:
-            kind = kind_of(self.pipeline)
             check_microbatches(kind, self.per_batch * self.accumulate, mesh.pp)
             check_options(self.pipeline, sharded=mesh.fsdp > 1, compiled=self.compile)
         Pipeline.parse(self.passes)
@@ -224,6 +229,16 @@ class TrainConfig:
     def total_steps(self, per_epoch: int) -> int:
         """Steps of the run."""
         return self.steps if self.steps is not None else max(1, round(self.epochs * per_epoch))
+
+    def notes(self, total: int) -> Iterator[str]:
+        """What of the options has no effect in a run of ``total`` steps, in words."""
+        if self.warmup >= total > 0:
+            yield (f"warmup={self.warmup:g} is not shorter than the run of {plural(total, 'step')}:"
+                   " the learning rate only rises")  # fmt: skip
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("pipeline", "microbatches") if self.made_mesh().pp == 1 else ():
+            if (value := getattr(self, name)) != default[name]:
+                yield f"{name}={value} is of a mesh with stages, pp=2 or more, and was not used"
 
     def made_schedule(self, total: int) -> Schedule:
         """The schedule of a run of ``total`` steps."""

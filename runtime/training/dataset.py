@@ -115,7 +115,7 @@ class _Source:
 
     def _encode(self, path: Path, scene: Scene, known: tuple[str, ...]) -> Table:
         columns = self.config.columns_map()
-        rows = read_rows(path, columns)[: self.config.limit]
+        rows = read_rows(path, columns, self.config.limit)
         column = self.objective.columns[-1]  # of the labels, where there are some
         named = class_names(path, columns.get(column, column))
         if not known and len(named) == _width(self.objective, scene):

@@ -20,6 +20,7 @@ from ftc.graph.bundle import load_bundle, save_bundle
 from ftc.graph.cost import cost
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
+from ftc.passes.pipeline import Pipeline
 from ftc.runtime.compiled import compile_errors
 from ftc.runtime.console import count, duration
 from ftc.runtime.engine import set_threads
@@ -54,6 +55,7 @@ from .start import (
     keep_data,
     learning,
     resumed,
+    rounding,
     run_folder,
     same_data,
     scene_of,
@@ -147,11 +149,14 @@ class _Run:
         self.config, self.say, self.world = config, say, world
         self.objective: Objective = config.made_objective()
         self.program = program
-        scene = scene_of(program, config, teacher(config, self.objective, say, world))
+        scene = scene_of(program, config, teacher(config, program, self.objective, say, world))
         self.data: Dataset = world.first(lambda: load_dataset(config, self.objective, scene, say))
         if not world.main:  # from the cache that the first one made
             self.data = load_dataset(config, self.objective, scene, say)
-        self.notes = [*self.data.notes]
+        passes = {each.spec for each in Pipeline.parse(config.passes).passes}
+        self.notes = [f"{record.name}: {note}" for record in program.history
+                      if record.spec in passes for note in record.notes]  # fmt: skip
+        self.notes += self.data.notes
         self.records: list[Any] = []
 
     def score(self) -> TrainReport:
@@ -170,7 +175,7 @@ class _Run:
         trainer = self._trainer()
         self.world.first(lambda: keep_data(folder, self.data.fingerprint))
         if trainer.resume():
-            self.notes.append(f"went on after step {trainer.state.step:,}")
+            self.notes += [f"went on after step {trainer.state.step:,}", *rounding(config)]
         board = Path(config.tensorboard) if config.tensorboard else None
         if self.world.main:
             trainer.log = Log(folder / LOG, trainer.state.step, board)
@@ -226,6 +231,7 @@ class _Run:
         data = self._loader(self.data.training, shuffle=True)
         evaluation = self._loader(self.data.evaluation) if self.data.evaluation else None
         options = _options(config, data.order.steps_per_epoch)
+        self.notes += config.notes(options.steps)
         engine = self._engine()
         release()  # what it was made from
         return Trainer(engine, self.objective, data, evaluation, options,

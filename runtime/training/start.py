@@ -32,14 +32,16 @@ from .dataset import load_dataset
 from .engines import Alone, World
 from .modules import in_mode, move
 from .objectives.base import Objective, Scene, Tensors, hidden_name
+from .objectives.distill import Distillation
 from .report import TrainReport
 from .shared import shared
 
 PROGRAM, CONFIG, DATA, REPORT = "program", "train.toml", "data.json", "train.json"
 CHECKPOINTS = "checkpoints"
-_FREE = {"out", "threads", "log_every", "tensorboard", "save_every", "trust", "mesh", "pipeline",
-         "microbatches", "timeout"}  # fmt: skip
-"""Keys that may differ when a run is resumed: they do not change its weights, beyond rounding."""
+_ROUNDING = ("threads", "mesh", "pipeline", "microbatches")
+"""Keys that may differ when a run is resumed, and change its weights by rounding."""
+_FREE = {*_ROUNDING, "out", "log_every", "tensorboard", "save_every", "trust", "timeout"}
+"""All that may differ."""
 Say = Callable[[str], object]
 
 
@@ -157,6 +159,16 @@ def _check_same(config: TrainConfig, path: Path) -> None:
                              fix="give the same options, or start again: --force")  # fmt: skip
 
 
+def rounding(config: TrainConfig) -> list[str]:
+    """Options of a resumed run that differ from those it began with, one sentence each."""
+    path = run_folder(config) / CONFIG
+    before = TrainConfig.of(read_config(path), str(path))
+    return [f"the run began with {key}={old!r} and goes on with {new!r}: its weights are those of "
+            "an uninterrupted run up to rounding, not to the bit"
+            for key in _ROUNDING
+            if (old := getattr(before, key)) != (new := getattr(config, key))]  # fmt: skip
+
+
 def scene_of(program: Program, config: TrainConfig, teacher: Any = None) -> Scene:
     """What an objective knows of a run besides its batches."""
     return Scene(program, Encoder.of(program, config.length), teacher=teacher)
@@ -188,13 +200,20 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def teacher(config: TrainConfig, objective: Objective, say: Say, world: World | Alone) -> Any:
-    """Outputs of the program that is learned from, for distillation; else None."""
-    if objective.name != "distillation":
+def teacher(
+    config: TrainConfig, student: Program, objective: Objective, say: Say, world: World | Alone
+) -> Any:
+    """Outputs of the program that is learned from, for distillation; else None.
+
+    Raises:
+        UsageError: where the student has none that can be compared with them.
+    """
+    if not isinstance(objective, Distillation):
         return None
     source = config.teacher or config.program
     say(f"capturing the teacher {source}")
     program = shared(lambda: capture(source, task=config.task, trust=config.trust), world)
+    objective.check_teacher(student, program)
     observed = objective.observed(program)
     names = (*program.signature.output_names, *map(hidden_name, range(len(observed))))
     evaluating = in_mode(program, training=False, observed=observed)

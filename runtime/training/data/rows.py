@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,20 @@ class Row:
         return UsageError(f"the row has no {column!r}", where=where, fix=fix)
 
 
-def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:
+def read_rows(
+    path: Path, columns: Mapping[str, str] | None = None, limit: int | None = None
+) -> list[Row]:
     """The rows of a file or of a dataset's folder, in their order.
 
     Args:
         path: see the table above.
         columns: ``{the name wanted: the name in the file}`` of columns to rename.
+        limit: rows to read at most.
 
     Raises:
         UsageError: naming file and line of what cannot be read; for an empty file.
     """
-    rows = list(_READERS[format_of(path)](path))
+    rows = list(islice(_READERS[format_of(path)](path), limit))
     if not rows:
         raise UsageError(f"{path} is empty", fix="write a row, or a text")
     return [_renamed(row, columns) for row in rows] if columns else rows

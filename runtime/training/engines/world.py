@@ -30,6 +30,7 @@ from .mesh import Mesh
 from .rendezvous import meet
 
 AXES = ("pp", "dp", "fsdp", "tp")
+_ROUNDS = 8  # of collecting, at most; two or three find nothing more
 
 
 class LostProcess(WriteError):
@@ -205,8 +206,9 @@ class World:
 
 def let_go() -> None:
     """Ends the threads of groups that only cycles hold: engines, and parts of weights in them."""
-    for _ in range(2):  # a tensor that C++ holds too survives the first time
-        gc.collect()
+    for _ in range(_ROUNDS):  # a tensor that C++ holds too survives the first time
+        if not gc.collect():
+            break
 
 
 def add_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:

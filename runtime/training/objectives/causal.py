@@ -4,7 +4,8 @@
 
 Documents are joined into one stream, an end-of-text token after each, and cut
 into rows of ``length``: no padding. A token that begins a document is no target,
-since what stands before it belongs to another.
+since what stands before it belongs to another. Attention is over the whole row, as
+usual where documents are packed.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Causal(Objective):
         """
         length = scene.encoder.length
         total = len(table.columns["ids"].values)
-        ends = torch.arange(length, total + 1, length)
+        ends = torch.tensor([*range(length, total + 1, length)], dtype=torch.int64)
         rest = total - (int(ends[-1]) if len(ends) else 0)
         if rest > 1 and scene.encoder.masked:
             ends = torch.cat([ends, ends.new_tensor([total])])

@@ -53,6 +53,37 @@ class Distillation(Objective):
         if self.hidden and not layer_outputs(program):
             raise UsageError("no layers were found to compare", fix="hidden=0")
 
+    def check_teacher(self, program: Program, teacher: Program) -> None:
+        """Needs outputs that both have, and layers that can be compared.
+
+        Raises:
+            UsageError: where there are none, or their shapes differ.
+        """
+        own, theirs = _shapes(program), _shapes(teacher)
+        common = [name for name in own if name in theirs]
+        if not common:
+            raise UsageError(
+                "the teacher and the program have no output in common",
+                where=f"{', '.join(own)} and {', '.join(theirs)}",
+                fix="take a teacher with the same head, or --task to capture both for one",
+            )
+        for name in common:
+            if own[name] != theirs[name]:
+                raise UsageError(
+                    f"the output {name} has the shape {_shown(own[name])}, "
+                    f"and the teacher's {_shown(theirs[name])}",
+                    fix="take a teacher with outputs of the same shape",
+                )
+        if not self.hidden:
+            return
+        found, wanted = _widths(self.observed(program)), _widths(self.observed(teacher))
+        if not wanted:
+            raise UsageError("no layers were found in the teacher to compare", fix="hidden=0")
+        if found != wanted:
+            widths = [" and ".join(sorted(map(str, each))) for each in (found, wanted)]
+            raise UsageError(f"layers have width {widths[0]}, the teacher's {widths[1]}: "
+                             "they cannot be compared", fix="hidden=0")  # fmt: skip
+
     def observed(self, program: Program) -> tuple[fx.Node, ...]:
         """What each layer hands on."""
         return layer_outputs(program) if self.hidden else ()
@@ -93,10 +124,7 @@ class Distillation(Objective):
         distances = []
         for layer in range(own):
             found = outputs[hidden_name(layer)]
-            wanted = expected[hidden_name((layer + 1) * theirs // own - 1)]
-            if found.shape != wanted.shape:
-                raise UsageError(f"layers have width {found.shape[-1]} and {wanted.shape[-1]}: "
-                                 "they cannot be compared", fix="hidden=0")  # fmt: skip
+            wanted = expected[hidden_name(max((layer + 1) * theirs // own, 1) - 1)]
             distances.append(_relative(found, wanted, keep))
         return torch.stack(distances).mean()
 
@@ -110,6 +138,20 @@ class Distillation(Objective):
         if terms.shape == keep.shape:
             return (terms * keep).sum()
         return terms.mean() * keep.sum()
+
+
+def _shapes(program: Program) -> dict[str, list[int | None]]:
+    """The shape of each output; None for a size that differs from call to call."""
+    return {spec.name: [size if isinstance(size, int) else None for size in spec.shape]
+            for spec in program.signature.outputs}  # fmt: skip
+
+
+def _shown(shape: Sequence[int | None]) -> str:
+    return f"[{', '.join('…' if size is None else str(size) for size in shape)}]"
+
+
+def _widths(layers: Sequence[fx.Node]) -> set[int]:
+    return {int(node.meta["val"].shape[-1]) for node in layers}
 
 
 def _relative(found: Tensor, wanted: Tensor, keep: Tensor) -> Tensor:

@@ -249,13 +249,22 @@ def _pairs(row: Row) -> tuple[list[str], list[Any]]:
         if column not in row.fields:
             raise row.missing(column)
     words, labels = row.fields["words"], row.fields["labels"]
-    if not isinstance(words, list) or not isinstance(labels, list) or not words:
+    if not isinstance(words, list) or not isinstance(labels, list):
         raise UsageError("words and labels are lists", where=row.place,
                          fix='{"words": ["Ada", "lives"], "labels": ["PER", "O"]}')  # fmt: skip
+    if not words:
+        raise UsageError("the row has no words", where=row.place, fix="fill it, or drop the row")
+    if blank := next((i for i, word in enumerate(words, 1) if not _is_word(word)), None):
+        raise UsageError(f"word {blank} is {words[blank - 1]!r}", where=row.place,
+                         fix="drop it, and its label")  # fmt: skip
     if len(words) != len(labels):
         counts = f"{plural(len(words), 'word')} and {plural(len(labels), 'label')}"
         raise UsageError(counts, where=row.place, fix="one label a word")
     return [str(word) for word in words], labels
+
+
+def _is_word(word: Any) -> bool:
+    return word is not None and bool(str(word).strip())
 
 
 def _number(row: Row) -> float:

@@ -222,13 +222,17 @@ def mask_tokens(
         made: the generator of the example.
 
     Returns:
-        The ids that the program sees, and targets with -100 where there is none.
+        The ids that the program sees, and targets with -100 where there is none. A row with
+        words has a target, however short it is.
     """
     ids = ids.long()
     if not share:
         return ids, torch.full_like(ids, IGNORED)
     dice = torch.rand(int(words.max()) + 2, generator=made)[words.long()]
-    chosen = (dice < share) & (words >= 0)
+    known = words >= 0
+    chosen = (dice < share) & known
+    if known.any() and not chosen.any():
+        chosen = (dice == dice[known].min()) & known
     kind = torch.rand(len(ids), generator=made)
     random = torch.randint(scene.encoder.vocabulary, ids.shape, generator=made)
     masked = torch.where(chosen & (kind < _MASKED), scene.encoder.special("mask"), ids)
