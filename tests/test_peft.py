@@ -57,6 +57,8 @@ def make(kind: str, folder: Path) -> Path:
         model = transformers.BertForSequenceClassification(
             transformers.BertConfig(**_SIZES, num_labels=3)
         )
+    elif kind == "masked":
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**_SIZES))
     else:
         model = transformers.BertModel(transformers.BertConfig(**_SIZES))
     model.save_pretrained(folder)
@@ -66,7 +68,8 @@ def make(kind: str, folder: Path) -> Path:
 def theirs(kind: str, folder: Path) -> nn.Module:
     import transformers
 
-    name = {"bert": "AutoModel", "classifier": "AutoModelForSequenceClassification"}
+    name = {"bert": "AutoModel", "classifier": "AutoModelForSequenceClassification",
+            "masked": "AutoModelForMaskedLM"}  # fmt: skip
     maker = getattr(transformers, name.get(kind, "AutoModelForCausalLM"))
     return maker.from_pretrained(folder).eval()
 
@@ -162,6 +165,40 @@ def test_what_trained_whole_is_in_modules_to_save(tmp_path: Path) -> None:
     folder = save_peft(program, tmp_path / "peft")
     assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     agree(program, peft.PeftModel.from_pretrained(theirs("classifier", source), folder))
+
+
+@pytest.mark.parametrize("also", ["none", "norm", "bias", "bias & attention", "bias|head"])
+def test_what_else_trained_beside_the_adapters_of_a_classifier(also: str, tmp_path: Path) -> None:
+    source = make("classifier", tmp_path / "model")
+    program = randomize(Pipeline.parse(f'lora{{also="{also}"}}').run(capture(source)).program)
+    for parameter in program.module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data + torch.randn_like(parameter) / 8
+    folder = save_peft(program, tmp_path / "peft")
+    agree(program, peft.PeftModel.from_pretrained(theirs("classifier", source), folder))
+    assert drift(program, load_peft(capture(source), folder)) < 1e-6
+
+
+def test_a_module_is_adapted_or_trained_whole(tmp_path: Path) -> None:
+    program = capture(make("classifier", tmp_path / "model"))
+    program = Pipeline.parse("lora,freeze{train=adapter|attention}").run(program).program
+    with pytest.raises(UsageError, match="whole or adapts it") as caught:
+        save_peft(program, tmp_path / "peft")
+    assert "save_adapters" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("spec", ["prefix{tokens=5}", "prompt{tokens=5}"])
+def test_a_model_that_peft_has_no_task_for_uses_its_prefix(spec: str, tmp_path: Path) -> None:
+    source = make("masked", tmp_path / "model")
+    program = randomize(Pipeline.parse(spec).run(capture(source)).program)
+    model = peft.PeftModel.from_pretrained(theirs("masked", source),
+                                           save_peft(program, tmp_path / "peft"))  # fmt: skip
+    inputs = program.signature.probe(seed=3, batch=2, sequence=7)
+    inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])  # PEFT drops them
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    with torch.no_grad():
+        wanted = model.eval()(**inputs).logits[:, -7:]
+    torch.testing.assert_close(program(inputs)["logits"], wanted, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from ftc.graph.errors import PreconditionError, UsageError, nearest
 from ftc.graph.program import Program
 from ftc.graph.provenance import provenance
 from ftc.graph.structure import find_structure
+from ftc.graph.words import listed
 from ftc.passes.canonicalize import Canonicalize
 from ftc.passes.lora import Lora
 from ftc.passes.lora_sites import LoraSite, lora_sites
@@ -29,7 +30,7 @@ from ftc.passes.pipeline import Pipeline
 from ftc.passes.text import parse_pass
 
 from .files import makers, put
-from .peft_whole import whole_from_peft, whole_to_peft
+from .peft_whole import BIAS, head_to_peft, lone_biases, whole_from_peft, whole_to_peft
 from .selecting import selector
 
 PREFIX = "base_model.model."
@@ -54,7 +55,15 @@ def to_peft(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
     ranks = {modules[w]: program.tensor(each.a).shape[0] for w, each in adapters.items()}
     alphas = {modules[w]: _whole(e.scale * ranks[modules[w]]) for w, e in adapters.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-    whole = whole_to_peft(program)
+    biases = lone_biases(program)
+    kind, stored = _biases(program, biases, set(ranks))
+    tensors.update(stored)
+    whole = head_to_peft(program) | whole_to_peft(program, without=biases)
+    if both := sorted({name.rpartition(".")[0] for name in whole} & ranks.keys()):
+        raise UsageError(
+            f"PEFT trains a module whole or adapts it, and here both are done to {listed(both)}",
+            fix="leave its weight out of `also`, or save it in ftc's own format: save_adapters",
+        )
     tensors.update({PREFIX + name: tensor for name, tensor in whole.items()})
     return {
         "peft_type": "LORA",
@@ -64,7 +73,7 @@ def to_peft(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "target_modules": sorted(ranks),
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
-        "bias": "none",
+        "bias": kind,
         "init_lora_weights": "pissa" if _is_pissa(program) else True,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
     }, tensors
@@ -80,6 +89,17 @@ def _module(program: Program, adapter: LoraAdapter) -> str:
             fix="save it in ftc's own format: save_adapters",
         )
     return name.removesuffix(".weight")
+
+
+def _biases(program: Program, names: Set[str], adapted: Set[str]) -> tuple[str, dict[str, Tensor]]:
+    """Trained biases as PEFT has them: which of all it trains, and tensors by its names."""
+    inside = {name for name in names if name.removesuffix(BIAS) in adapted}
+    tensors = {}
+    for name in sorted(names):
+        module = name.removesuffix(BIAS)
+        own = f"{module}.base_layer{BIAS}" if name in inside else name
+        tensors[PREFIX + own] = program.tensor(name).detach()
+    return ("all" if names - inside else "lora_only" if names else "none"), tensors
 
 
 def _is_pissa(program: Program) -> bool:

@@ -1,13 +1,14 @@
 """Modules that were trained whole beside adapters, in the form that PEFT keeps them in.
 
 They stand by their own names behind PEFT's prefix: ``base_model.model.`` beside
-low-rank adapters, ``base_model.`` beside prefixes and soft prompts. A classifier of
+low-rank adapters, ``base_model.`` beside prefixes and soft prompts. Biases that train
+alone stand by their names too, below ``base_layer`` in an adapted module. A classifier of
 PEFT's always has its head in the folder, trained or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor
@@ -19,16 +20,32 @@ from ftc.graph.structure import find_structure
 
 from .files import makers, trained_parts
 
+BIAS = ".bias"
 _CLASSIFIERS = ("sequence-classification", "token-classification")
 
 
-def whole_to_peft(program: Program) -> dict[str, Tensor]:
+def lone_biases(program: Program) -> frozenset[str]:
+    """Biases that train besides adapters where the weight of their module does not."""
+    trained = trained_parts(program)
+    named = {name for name, _ in program.module.named_parameters()}
+    return frozenset(
+        name for name in trained if name.endswith(BIAS) and not adapter_kind(name)
+        and (weight := f"{name.removesuffix(BIAS)}.weight") in named and weight not in trained
+    )  # fmt: skip
+
+
+def whole_to_peft(program: Program, *, without: Set[str] = frozenset()) -> dict[str, Tensor]:
     """Parameters that train besides adapters, with the rest of their modules, by their own names.
+
+    Args:
+        program: with adapters.
+        without: names to leave out.
 
     Raises:
         UsageError: for what a pass has added, which PEFT's model has no place for.
     """
-    trained = {n: t for n, t in trained_parts(program).items() if not adapter_kind(n)}
+    trained = {n: t for n, t in trained_parts(program).items()
+               if n not in without and not adapter_kind(n)}  # fmt: skip
     _refuse_added(program, trained)
     modules = {name.rpartition(".")[0] for name in trained}
     return {
