@@ -80,6 +80,15 @@ def test_every_mesh_writes_the_same_bundle(
     _same(alone[0], tmp_path / "out")
 
 
+@pytest.mark.parametrize("learns", ["layer[0] & attention", "layer[1] & ffn"])
+def test_a_stage_may_learn_nothing(learns: str, call: Any, tmp_path: Path) -> None:
+    values = {**call, "steps": 2, "passes": f'freeze{{train="{learns}"}}', "clip": 1e-3}
+    one = spread(1, trained, {**values, "out": str(tmp_path / "one")})[0]
+    two = spread(2, trained, {**values, "out": str(tmp_path / "two"), "mesh": "pp=2"})[0]
+    assert one[0] != one[1] == pytest.approx(two[1], abs=1e-5)
+    _same(tmp_path / "one", tmp_path / "two")
+
+
 def test_one_process_makes_what_the_others_read(call: Any, tmp_path: Path) -> None:
     """A teacher, and a program that is only measured: captured once, and left nowhere."""
     values = {**call, "steps": 2}

@@ -228,12 +228,16 @@ class Trainer:
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], options: Options) -> torch.optim.AdamW:
-    """AdamW, in one kernel for all weights, without decay of biases and norms."""
+    """AdamW, in one kernel for all weights, without decay of biases and norms.
+
+    A process of a pipeline may have no parameters that learn: its optimizer does nothing.
+    """
     decayed = [p for p in parameters.values() if p.dim() > 1]
     others = [p for p in parameters.values() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": options.weight_decay},
               {"params": others, "weight_decay": 0.0}]  # fmt: skip
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate,
+    return torch.optim.AdamW([g for g in groups if g["params"]] or groups,
+                             lr=options.learning_rate,
                              betas=(options.beta1, options.beta2), eps=options.epsilon,
                              fused=True)  # fmt: skip
 

@@ -80,6 +80,6 @@ def scale_to(
     for group in groups:
         dist.all_reduce(squares, group=group)
     norm = float(squares.sqrt())
-    if norm > most:
+    if norm > most and scaled:
         torch._foreach_mul_(list(scaled), most / (norm + 1e-6))
     return norm
