@@ -15,6 +15,7 @@ from ftc.graph.errors import UsageError
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.stage_plan import parse_bytes, plan_stages, stage_costs
 from ftc.graph.stages import KEY
+from ftc.graph.structure import find_structure
 from ftc.graph.training_cost import find_device, training_costs, usual_sizes
 from ftc.graph.words import plural
 
@@ -72,3 +73,7 @@ class Partition(Pass):
             f"the largest takes {largest / mean:.2f} of the mean, "
             f"at most {crossing / 1e6:.2f} MB cross"
         )
+        layers = len(find_structure(rw.program).layers)
+        if 0 < layers < len(stages):
+            rw.note(f"more stages than layers, of which there are {layers}: some cuts are inside "
+                    "one, where more crosses")  # fmt: skip

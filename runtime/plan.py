@@ -69,7 +69,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """The best ways, the fastest first, and what to call for the first."""
+    """The best ways, the fastest first, and what to call for the first, as far as it is known."""
 
     source: str
     device: str
@@ -137,7 +137,7 @@ def plan(
     found.sort(key=lambda p: (p.seconds, p.devices, p.stages))
     del sizes[rows]
     return Plans(source, device, devices, most, batch, sizes, tried, tuple(found[:_SHOWN]),
-                 _commands(source, found[0], rows, sizes, device))  # fmt: skip
+                 _commands(source, found[0], batch, rows, sizes, device))  # fmt: skip
 
 
 class _Cuts:
@@ -203,12 +203,21 @@ def _divisors(number: int) -> list[int]:
 
 
 def _commands(
-    source: str, best: Plan, rows: str, sizes: dict[str, int], device: str
+    source: str, best: Plan, batch: int, rows: str, sizes: dict[str, int], device: str
 ) -> tuple[str, ...]:
+    """What to call, with the user's data and objective to be filled in."""
+    processes, mesh = best.replicas * best.devices, f" --mesh {best.mesh}"
+    start = f"torchrun --nproc-per-node {processes} $(which ftc)" if processes > 1 else "ftc"
+    given = "--data FILE --objective NAME -o OUT" + mesh * (processes > 1)
+    on = "" if device in ("cpu", "here") else " --device cuda"
     if best.stages == 1:
-        return ()
+        several = f" --accumulate {best.microbatches}" * (best.microbatches > 1)
+        return (f"{start} train {source} {given} --batch {batch // best.microbatches}"
+                f"{several}{on}",)  # fmt: skip
     shape = ",".join(f"{name}={size}" for name, size in {rows: best.microbatch, **sizes}.items())
     spec = f'partition{{stages={best.stages},shape="{shape}",device={device}}}'
     return (f"ftc compile {source} --passes '{spec}' -o build/partitioned",
             f"ftc inspect build/partitioned --stages --microbatches {best.microbatches} "
-            f"--device {device}")  # fmt: skip
+            f"--device {device}",
+            f"{start} train build/partitioned {given} --pipeline {best.schedule} --batch {batch} "
+            f"--microbatches {best.microbatches}{on}")  # fmt: skip

@@ -25,6 +25,7 @@ from ftc.graph.program import Program
 from ftc.runtime.engine import torch_device
 
 from .modules import in_mode, move, running_buffers, trainable
+from .norm import scale_down, squared_norm
 from .objectives.base import Batch, Objective, Scene, hidden_name
 
 Precision = Literal["fp32", "bf16"]
@@ -38,6 +39,7 @@ class Engine(Protocol):
         process: number of this process among all.
         main: whether this process writes files and talks.
         names: of all that training changes, in all processes.
+        notes: how the program was cut, one sentence each.
     """
 
     rank: int
@@ -45,6 +47,7 @@ class Engine(Protocol):
     process: int
     main: bool
     names: frozenset[str]
+    notes: tuple[str, ...]
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """This process's part of what learns, by the program's names."""
@@ -143,6 +146,7 @@ class OneProcess:
     """
 
     rank, size, process, main = 0, 1, 0, True
+    notes: tuple[str, ...] = ()
     _narrowed = True
 
     def __init__(self, program: Program, objective: Objective, scene: Scene,
@@ -196,7 +200,10 @@ class OneProcess:
 
     def clip(self, most: float) -> float:
         """Scales gradients to a norm of at most ``most``."""
-        return float(nn.utils.clip_grad_norm_(self._parameters.values(), most, foreach=True))
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = float(squared_norm(gradients).sqrt())
+        scale_down(gradients, norm, most)
+        return norm
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[dict[str, float], dict[str, float]]:
         """Means of the loss's parts and sums of the metrics, in eval mode."""

@@ -238,7 +238,10 @@ class _Run:
                        run_folder(config) / CHECKPOINTS)  # fmt: skip
 
     def _engine(self) -> Engine:
-        return make_engine(self.program, self.objective, self.data.scene, self.config, self.world)
+        engine = make_engine(self.program, self.objective, self.data.scene, self.config,
+                             self.world)  # fmt: skip
+        self.notes += engine.notes
+        return engine
 
     def _loader(self, examples: Examples, *, shuffle: bool = False) -> Loader:
         """Batches of examples; evaluation puts similar lengths together where it can."""

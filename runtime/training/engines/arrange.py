@@ -22,13 +22,18 @@ from ftc.graph.placement import Placement, place
 from ftc.graph.program import Program, attach
 from ftc.graph.sharding import CUT, Shard, layout, shard_program
 from ftc.graph.stages import KEY, annotated
+from ftc.graph.words import plural
 from ftc.passes.context import Context
+from ftc.passes.partition import Partition
 from ftc.passes.pipeline import Pipeline as Passes
+from ftc.passes.tensor_parallel import TensorParallel
 from ftc.runtime.training.modules import running_buffers, trainable
 
 from .schedules import kind_of
 from .shards import keep
 from .world import World
+
+_CUTTING = (TensorParallel.name, Partition.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +45,13 @@ class Arranged:
         shards: of the tensors that are cut, by name.
         strides: of the whole tensors that are stored in another order than in the
             program they are from: their shape there, and their shape and strides here.
+        notes: how it was cut, one sentence each; nothing of cuts that it came with.
     """
 
     program: Program
     shards: Mapping[str, Shard]
     strides: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    notes: tuple[str, ...] = ()
 
     def stored(self, name: str, whole: Tensor) -> Tensor:
         """A whole tensor as the run's program stores it."""
@@ -80,14 +87,14 @@ def arrange(program: Program, world: World, schedule: str) -> Arranged:
     ranks = world.mesh.tp
     made = _over_ranks(program, ranks, Context(proven=True))
     made = staged(made, world.mesh.pp, schedule)
-    strides = _strides(program, made)
+    strides, notes = _strides(program, made), _notes(program, made)
     if ranks == 1:
-        return Arranged(_apart(made), {}, strides)
+        return Arranged(_apart(made), {}, strides, notes)
     shards, rank = layout(made), world.place("tp")
     own = shard_program(made, rank, ranks)
     keep(tensor for name, tensor in own.tensors() if name not in shards)
     place(Placement(rank, ranks, world.group("tp")))
-    return Arranged(own, shards, strides)
+    return Arranged(own, shards, strides, notes)
 
 
 def prove(program: Program, ranks: int) -> None:
@@ -105,7 +112,7 @@ def _over_ranks(program: Program, ranks: int, ctx: Context | None) -> Program:
     place(Placement())  # passes run whole programs
     if ranks == 1 or any(CUT in record.provides for record in program.history):
         return program
-    made = Passes.parse(f"tensor_parallel{{size={ranks}}}").run(program, ctx).program
+    made = Passes((TensorParallel(ranks),)).run(program, ctx).program
     _join_stages(made)
     return made
 
@@ -115,8 +122,20 @@ def staged(program: Program, processes: int, schedule: str) -> Program:
     count = processes * kind_of(schedule).stages
     if processes == 1 or len(set(annotated(program).values())) == count:
         return program
-    spec = f"partition{{stages={count}}}"
-    return Passes.parse(spec).run(program, Context(proven=True)).program  # it changes no number
+    return (
+        Passes((Partition(count),)).run(program, Context(proven=True)).program
+    )  # it changes no number
+
+
+def _notes(before: Program, after: Program) -> tuple[str, ...]:
+    """What the passes chose that cut, and whether stages were cut anew."""
+    found = [f"{record.name}: {note}" for record in after.history[len(before.history):]
+             if record.name in _CUTTING for note in record.notes]  # fmt: skip
+    had, has = (len(set(annotated(each).values())) for each in (before, after))
+    if had not in (0, has):
+        found.append(f"the program has {plural(had, 'stage')}, and this mesh and schedule take "
+                     f"{has}: it was cut anew")  # fmt: skip
+    return tuple(found)
 
 
 def _apart(program: Program) -> Program:

@@ -133,7 +133,7 @@ class DataParallel(OneProcess):
         if not self._sharded:
             return super().clip(most)
         gradients = list(self.counted().values())
-        return scale_to(gradients, gradients, most, self.counted_over())
+        return scale_to(gradients, gradients, most, self.counted_over(), self._device)
 
     def counted(self) -> dict[str, Tensor]:
         """Its parts of gradients, by name."""

@@ -57,6 +57,7 @@ class OnParts:
         self._program, self._arranged, self._inner, self.world = program, arranged, inner, world
         self.rank, self.size = inner.rank, inner.size
         self.process, self.main, self.names = inner.process, inner.main, inner.names
+        self.notes = arranged.notes
         self._let_go()
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -86,7 +87,7 @@ class OnParts:
         counted = [g for name, g in self._inner.counted().items() if first or name in cut]
         every = [local(p.grad) for p in self.parameters().values() if p.grad is not None]
         groups = [*self._inner.counted_over(), self.world.group("tp")]
-        return scale_to(counted, every, most, groups)
+        return scale_to(counted, every, most, groups, self.world.device)
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[dict[str, float], dict[str, float]]:
         """Means of the loss's parts and sums of the metrics."""

@@ -48,6 +48,8 @@ class Pipeline:
         PreconditionError: for a program with another number of stages.
     """
 
+    notes: tuple[str, ...] = ()
+
     def __init__(
         self, program: Program, objective: Objective, scene: Scene, options: EngineOptions,
         world: World, schedule: str,
@@ -218,7 +220,9 @@ class Pipeline:
     def clip(self, most: float) -> float:
         """Scales gradients to a norm of at most ``most``; what stages share counts once."""
         every = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
-        return scale_to(list(self.counted().values()), every, most, self.counted_over())
+        return scale_to(
+            list(self.counted().values()), every, most, self.counted_over(), self._device
+        )
 
     def counted(self) -> dict[str, Tensor]:
         """Its gradients by name, without those of parameters that an earlier stage has too."""

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ftc.runtime.training.norm import scale_down, squared_norm
+
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
@@ -62,7 +64,7 @@ def wholes(
 
 def scale_to(
     counted: Sequence[Tensor], scaled: Sequence[Tensor], most: float,
-    groups: Sequence[dist.ProcessGroup],
+    groups: Sequence[dist.ProcessGroup], device: torch.device,
 ) -> float:  # fmt: skip
     """Scales gradients so that their norm is at most ``most``; returns the norm.
 
@@ -71,15 +73,11 @@ def scale_to(
         scaled: all that this process has.
         most: largest norm.
         groups: over which norms are added.
+        device: of the groups.
     """
-    squares = torch.zeros((), dtype=torch.float64)
-    for gradient in counted:
-        squares += gradient.detach().double().square().sum().cpu()
-    device = scaled[0].device if scaled else squares.device
-    squares = squares.to(device)
+    squares = squared_norm(counted).to(device)
     for group in groups:
         dist.all_reduce(squares, group=group)
     norm = float(squares.sqrt())
-    if norm > most and scaled:
-        torch._foreach_mul_(list(scaled), most / (norm + 1e-6))
+    scale_down(scaled, norm, most)
     return norm
