@@ -191,7 +191,6 @@ class Prepending:
             raise PreconditionError(
                 f"{self._rw.made_by}: what may see what depends on the tokens themselves",
                 where=describe(mask),
-                fix="use prompt without fold",
             )
         longer = self._take(mask, frozenset(range(last)))
         return self._shown(longer) if self._visible else longer

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from .cost import operator_name
+from .sequence import LOOKUPS
 from .shapes import VAL
 
 Axes = frozenset[int]
@@ -102,11 +103,12 @@ def _slice(node: fx.Node, axes: Axes, take: Take) -> tuple[Any, ...] | None:
 
 
 def _embedding(node: fx.Node, axes: Axes, take: Take) -> tuple[Any, ...] | None:
-    table, index, *rest = node.args
+    place = LOOKUPS[operator_name(node)]
+    index = node.args[place]
     assert isinstance(index, fx.Node)
     if max(axes) >= rank(index):
         return None
-    return table, take(index, axes), *rest
+    return *node.args[:place], take(index, axes), *node.args[place + 1 :]
 
 
 def _cat(node: fx.Node, axes: Axes, take: Take) -> tuple[Any, ...] | None:
@@ -152,7 +154,7 @@ _RULES: dict[str, Rule] = {
     "aten.unsqueeze": _unsqueeze,
     "aten.expand": _expand,
     "aten.slice": _slice,
-    "aten.embedding": _embedding,
+    **dict.fromkeys(LOOKUPS, _embedding),
     "aten.cat": _cat,
     "aten.index": _index,
     "aten.permute": _permute,

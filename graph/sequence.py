@@ -36,7 +36,9 @@ from .symbols import expression
 POSITIONS = "position_ids"
 """The name under which models take positions; other inputs of integers describe tokens."""
 
-_LOOKUPS = {"aten.embedding": 1, "ftc.quantized_embedding": 3}  # -> position of the indices
+LOOKUPS = {"aten.embedding": 1, "ftc.quantized_embedding": 3}
+"""Operators that look rows of a table up, and where among their arguments the indices are."""
+
 _SIZE_ONLY = frozenset(
     {"aten.sym_size", "aten.new_ones", "aten.new_zeros", "aten.new_full", "aten.new_empty"}
 )
@@ -131,7 +133,7 @@ def inputs(program: Program) -> Iterable[tuple[fx.Node, InputSpec]]:
 
 def lookup_index(node: fx.Node) -> Any:
     """The indices that a lookup in a table reads at; None where ``node`` is no lookup."""
-    place = _LOOKUPS.get(operator_name(node)) if node.op == "call_function" else None
+    place = LOOKUPS.get(operator_name(node)) if node.op == "call_function" else None
     return None if place is None else node.args[place]
 
 

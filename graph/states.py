@@ -117,5 +117,4 @@ def _refusal(raw: RawCore, why: str) -> PreconditionError:
     return PreconditionError(
         f"this attention cannot be given more keys and values: {why}",
         where=describe(raw.node),
-        fix="use prompt without fold, which needs no change inside attention",
     )

@@ -226,5 +226,4 @@ class Widened:
             f"{self._rw.made_by}: a value of size {shape} depends on the sequence in a way that "
             "does not say what it would be for a longer one",
             where=describe(node),
-            fix="use prompt without fold, which runs the longer sequence itself",
         )

@@ -96,6 +96,11 @@ class Pass(ABC):
         """``needs``, as far as these options need it."""
         return self.needs
 
+    @property
+    def otherwise(self) -> str | None:
+        """What to do with a program that it does not fit: the fix of a refusal that has none."""
+        return None
+
     def requires(self, program: Program) -> None:  # noqa: B027 (optional)
         """Raises PreconditionError where ``program`` does not allow this pass."""
 
@@ -143,7 +148,11 @@ class Pass(ABC):
         self.requires(program)
         start = time.perf_counter()
         rw = Rewriter(program.clone(), self.spec)
-        self.rewrite(rw, ctx)
+        try:
+            self.rewrite(rw, ctx)
+        except PreconditionError as error:
+            error.fix = error.fix or self.otherwise
+            raise
         if rw.modified and self.effect is not Effect.ANNOTATION:
             rw.finish()
         seconds = time.perf_counter() - start

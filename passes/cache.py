@@ -74,6 +74,12 @@ class Cache(Pass):
 
     logits: Literal["last", "all"] = "last"
 
+    @property
+    def otherwise(self) -> str | None:
+        """What costs time works."""
+        return ("leave it out, and capture with --task causal-lm: `ftc run` computes the whole "
+                "text for each token then")  # fmt: skip
+
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Adds the inputs, joins them with the keys and values, and returns those."""
         attentions = Attentions(rw)
@@ -132,10 +138,8 @@ class Cache(Pass):
         ahead = sees_ahead(rw.program, sequence, [place.raw for place in attentions.places])
         if ahead is not None:
             raise PreconditionError(
-                f"{self.spec}: tokens of this model see those after them, so nothing that is "
-                "computed for one can be kept",
-                where=describe(ahead),
-                fix="leave it out: a cache is for a causal model",
+                f"{self.spec}: {ahead.why}, so what is computed for one may not be kept",
+                where=describe(ahead.core),
             )
         return sequence
 

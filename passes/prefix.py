@@ -62,6 +62,11 @@ class Prefix(Pass):
             raise UsageError(f"{self.spec}: init=text and text=... go together", fix=fixed.spec)
         check_tokens(self, self.tokens, self.text)
 
+    @property
+    def otherwise(self) -> str | None:
+        """Learned tokens change nothing inside attention."""
+        return "use prompt{tokens=16}, which needs no change inside attention"
+
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Adds a pair of parameters at every core, then freezes the rest."""
         attentions = Attentions(rw)

@@ -112,6 +112,11 @@ class Prompt(Pass):
                 f"{self.spec}: the program has a prefix already", fix="leave fold out"
             )
 
+    @property
+    def otherwise(self) -> str | None:
+        """Only what is folded changes something inside attention."""
+        return "leave fold out: the prompt is read with every text then" if self.fold else None
+
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Puts the prompt in front of the inputs, or its keys and values at every core."""
         sequence = _sequence(rw)
@@ -175,10 +180,9 @@ class Prompt(Pass):
         ahead = sees_ahead(rw.program, attentions.sequence, cores)
         if ahead is not None:
             raise PreconditionError(
-                f"{self.spec}: tokens of this model see those after them, so what a prompt "
-                "computes depends on the input and is no constant",
-                where=describe(ahead),
-                fix="leave fold out",
+                f"{self.spec}: {ahead.why}, so what a prompt computes may depend on the input "
+                "and is no constant",
+                where=describe(ahead.core),
             )
         made = attentions.states_of(ids)
         reader = rw.add_buffer(f"{_table(attentions.sequence)}.prompt_ids", ids)

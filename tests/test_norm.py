@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from ftc.runtime.training.norm import scale_down, squared_norm
 
 
-@given(st.lists(st.lists(st.integers(0, 70), min_size=0, max_size=3), max_size=5), st.integers(0, 9))
+@given(
+    st.lists(st.lists(st.integers(0, 70), min_size=0, max_size=3), max_size=5), st.integers(0, 9)
+)
 def test_squares_are_those_of_float64(shapes: list[list[int]], seed: int) -> None:
     made = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(shape, generator=made) for shape in shapes]
