@@ -21,7 +21,7 @@ from .sequence import Sequence, token_inputs
 from .structure.flow import RawCore
 
 _LENGTH = 8
-_UNHIDDEN = "nothing was found in this attention that hides later tokens"
+_UNHIDDEN = "nothing that was found in this attention hides later tokens"
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,8 +77,8 @@ class Cache(Pass):
     @property
     def otherwise(self) -> str | None:
         """What costs time works."""
-        return ("leave it out, and capture with --task causal-lm: `ftc run` computes the whole "
-                "text for each token then")  # fmt: skip
+        return ("leave it out: a language model, captured with --task causal-lm, computes its "
+                "whole text for each token then")  # fmt: skip
 
     def rewrite(self, rw: Rewriter, ctx: Context) -> None:
         """Adds the inputs, joins them with the keys and values, and returns those."""

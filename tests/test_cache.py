@@ -147,7 +147,7 @@ def test_behind_quantization_and_from_disk(passes, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("bert", "see those after"), ("xlnet", "more keys"), ("vit", "reads no tokens")],
+    [("bert", "hides later tokens"), ("xlnet", "more keys"), ("vit", "reads no tokens")],
 )
 def test_what_has_no_cache_is_refused(name, words):
     with pytest.raises(PreconditionError, match=words) as caught:

@@ -87,7 +87,7 @@ def test_what_sees_both_ways_is_not_folded(name):
 
 
 def test_the_refusal_says_why_and_where():
-    with pytest.raises(PreconditionError, match="see those after them") as caught:
+    with pytest.raises(PreconditionError, match="hides later tokens") as caught:
         FOLDED(text_model("bert")[1])
     assert "encoder.layer.0" in caught.value.where
 
