@@ -104,6 +104,18 @@ def start_of(program: Program) -> Start:
     return Start(tuple(ids[0].tolist()), held)
 
 
+def text_limit(program: Program) -> int | None:
+    """How many tokens of a text, old and new, a program reads at most; None where no limit is.
+
+    Those of a folded prompt do not count.
+    """
+    signature = program.signature
+    if not is_cached(signature):
+        return signature.limits.get("sequence")
+    limit = token_limit(signature)
+    return limit if limit is None else limit - len(start_of(program).ids)
+
+
 def misfit(signature: Signature, tensors: Mapping[str, Tensor]) -> str | None:
     """An input of ``signature.start`` whose tensor is not what a run could begin behind."""
     specs = {spec.name: spec for spec in (signature.inputs[0], *states(signature))}

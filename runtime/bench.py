@@ -27,7 +27,7 @@ from ftc.graph.words import listed
 from .console import format_sizes
 from .engine import MODEL, Engine, OnnxEngine, TorchEngine, open_engine, set_threads
 from .measure import Timing, interleaved, machine, noise, ratio
-from .steps import step_sizes, steps, token_types, usual_steps
+from .steps import parse_step, steps, token_types, usual_steps
 
 _TEXT_SHAPES = ((8, 128), (4, 128), (2, 128), (1, 128), (1, 64), (1, 32), (1, 16), (1, 8))
 LARGE = 13e9
@@ -79,6 +79,7 @@ def bench(
     source: str,
     against: str | None = None,
     *,
+    task: str | None = None,
     threads: int | None = None,
     shapes: Sequence[str] = (),
     seconds: float = 2.0,
@@ -88,6 +89,7 @@ def bench(
 
     Args:
         source, against: a bundle, or a model that can be captured.
+        task: what models that are no bundles are captured for.
         threads: of both engines.
         shapes: sizes of dynamic dimensions, ``batch=8,sequence=128``; usual ones by default. Of
             a program with a cache ``past=512`` is how many tokens are there before.
@@ -99,7 +101,7 @@ def bench(
     """
     set_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:
-        other = _lowered(source, Path(scratch) / "other.onnx", progress)
+        other = _lowered(source, Path(scratch) / "other.onnx", progress, task)
         base: Engine = TorchEngine(other.program)
         if against is not None:
             task = other.program.signature.task
@@ -132,7 +134,7 @@ def _sizes(shapes: Sequence[str], base: Program, other: Program) -> list[dict[st
     cached = next((p.signature for p in (other, base) if is_cached(p.signature)), None)
     if cached is None:
         return [other.signature.parse_sizes(s) for s in shapes] or usual_shapes(base)
-    return [step_sizes(cached, cached.parse_sizes(s)) for s in shapes] or usual_steps(cached)
+    return [parse_step(cached, text) for text in shapes] or usual_steps(cached)
 
 
 def _check_inputs(source: str, program: Program, against: str, other: Program) -> None:

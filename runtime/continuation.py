@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from ftc.graph.cached import is_cached
+from ftc.graph.cached import is_cached, text_limit
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 
@@ -133,7 +133,7 @@ def tokens_of(program: Program, texts: Sequence[str]) -> list[list[int]]:
     """
     found = need_tokenizer(program)
     for text in texts:
-        check_room(count_tokens(text, found), Decoder.limit_of(program))
+        check_room(count_tokens(text, found), text_limit(program))
     return rows(found, program.signature, texts)
 
 

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftc.graph.cached import is_cached, pad_left, start_of, token_limit
+from ftc.graph.cached import is_cached, pad_left, start_of, text_limit
 from ftc.graph.errors import UsageError
-from ftc.graph.program import Program
 
 from .engine import Engine
 from .past import Ids, past_of
@@ -57,19 +56,10 @@ class Decoder:
         self._signature = engine.program.signature
         self._scores = self._signature.output_names[0]
         self._run = past_of(engine) if is_cached(self._signature) else None
-        self.limit = self.limit_of(engine.program)
+        self.limit = text_limit(engine.program)
         self._start = start_of(engine.program)
         self._read = _Read()
         self._seen = self._last = torch.empty(0)  # scores of the run before, and their last row
-
-    @staticmethod
-    def limit_of(program: Program) -> int | None:
-        """How many tokens of a text, old and new, a program reads at most."""
-        signature = program.signature
-        if not is_cached(signature):
-            return signature.limits.get("sequence")
-        limit = token_limit(signature)
-        return limit if limit is None else limit - len(start_of(program).ids)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Scores ``[batch, vocabulary]`` of the token after each row, until the next call.

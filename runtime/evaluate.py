@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftc.graph.cached import is_cached, start_of
+from ftc.graph.cached import is_cached, start_of, text_limit
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Program
 from ftc.graph.words import plural
@@ -150,9 +150,9 @@ def _perplexities(
     progress: Progress,
 ) -> Measured:
     found = _tokenizer(engines[0])
-    bound = engines[0].program.signature.limits.get("sequence", length)
     stream = found("\n\n".join(e.text for e in examples), add_special_tokens=False)["input_ids"]
-    size = min(length, bound)
+    bounds = (text_limit(each.program) for each in engines)
+    size = min([length, *(bound for bound in bounds if bound is not None)])
     windows = [stream[i : i + size] for i in range(0, len(stream), size)]
     windows = [w for w in windows if len(w) > 1][:limit]
     if not windows:

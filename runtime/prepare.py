@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ftc.graph.bundle import check_output
-from ftc.graph.errors import OrderError
+from ftc.graph.errors import OrderError, SourceError
 from ftc.graph.program import Program
 from ftc.graph.sources import capture
 from ftc.graph.target import target as named_target
@@ -50,4 +50,10 @@ def captured(source: Any, task: str | None, trust: bool) -> Program:
     """The program of whatever :func:`ftc.capture` takes, or of a program."""
     if isinstance(source, Program):
         return source
-    return capture(source, task=_CAUSAL if task == GENERATE else task, trust=trust)
+    if task != GENERATE:
+        return capture(source, task=task, trust=trust)
+    try:
+        return capture(source, task=_CAUSAL, trust=trust)
+    except SourceError as error:
+        error.what += f": --task {GENERATE} is {_CAUSAL} with a cache"
+        raise

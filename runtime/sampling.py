@@ -46,10 +46,18 @@ class Sampling:
             "top-k": (self.top_k >= 0, "0 (all) or more"),
             "top-p": (0 < self.top_p <= 1, "above 0, and 1 at most"),
             "repetition-penalty": (0 < self.penalty < math.inf, "above 0"),
+            "seed": (0 <= self.seed < 2**63, "0 or more, below 2^63"),
         }
         for name, (fits, what) in legal.items():
             if not fits:
                 raise UsageError(f"--{name} is out of range", fix=f"give a number: {what}")
+        drawn = [name for name, off in (("top-k", self.top_k == 0), ("top-p", self.top_p == 1))
+                 if not off]  # fmt: skip
+        if drawn and self.temperature == 0:
+            raise UsageError(
+                f"--{drawn[0]} says what is drawn from, and at temperature 0 nothing is drawn",
+                fix="--temperature 1, or leave it out",
+            )
 
 
 class Sampler:

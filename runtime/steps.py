@@ -37,12 +37,15 @@ def usual_steps(signature: Signature, most: int | None = None) -> list[dict[str,
     return [_at(signature, min(_PROMPT, limit), 0), *(_at(signature, 1, past) for past in behind)]
 
 
-def step_sizes(signature: Signature, given: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of a step: those given; else one row, one token, nothing before it.
+def parse_step(signature: Signature, text: str) -> dict[str, int]:
+    """Sizes of a step, ``sequence=128,past=0``; what is left out is one row, one token, no past.
 
     Raises:
-        UsageError: for more tokens than the program reads.
+        UsageError: for text of another form, or more tokens than the program reads.
     """
+    nothing = f"{Names.PAST}=0"  # which other dimensions may not be
+    parts = [part for part in text.split(",") if part.strip() != nothing]
+    given = signature.parse_sizes(",".join(parts)) if parts else {}
     sizes = {**_at(signature, 1, 0), **given}
     tokens, limit = sum(sizes[d] for d in _lengths(signature)), token_limit(signature)
     if limit is not None and tokens > limit:

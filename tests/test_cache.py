@@ -213,8 +213,22 @@ def test_sampling():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_p": 0.0}, {"top_k": -1}, {"penalty": 0.0}]
+    "wrong",
+    [
+        {"temperature": -1},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"penalty": 0.0},
+        {"seed": -1},
+        {"seed": 2**63},
+    ],
 )
 def test_senseless_sampling_is_refused(wrong):
     with pytest.raises(UsageError, match="out of range"):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("given", [{"top_k": 4}, {"top_p": 0.9}])
+def test_what_is_drawn_from_needs_a_temperature(given):
+    with pytest.raises(UsageError, match="nothing is drawn"):
+        Sampling(**given)

@@ -117,6 +117,19 @@ def test_onto_a_bundle_with_a_cache(model, tmp_path):
     assert not export(str(tmp_path / "plain"), tmp_path / "plain.onnx").notes
 
 
+def test_windows_leave_room_for_the_prompt(tmp_path):
+    """Of 16 positions the prompt takes 6: a window of perplexity has 10 tokens."""
+    short = short_decoder(tmp_path / "short")
+    compile_model(short, PASS, tmp_path / "out", task="generate")
+    text = tmp_path / "text.txt"
+    text.write_text("the dog runs on the mat and the cat sits . " * 4)
+    engine = open_engine(str(tmp_path / "out"))
+    found = evaluate(engine, text, "perplexity")
+    assert found.details["window"] == 16 - len(ids_of(engine.program)) == 10
+    plain = evaluate(open_engine(str(short)), text, "perplexity", against=engine)
+    assert plain.details["window"] == 10 and plain.against == pytest.approx(found.value, rel=1e-6)
+
+
 def test_what_is_refused(model, tmp_path):
     with pytest.raises(OrderError, match=r"use cleanup,.*fold=true"):  # not folded
         compile_model(model, 'prompt{text="the cat"}', tmp_path / "out", task="generate")

@@ -15,7 +15,7 @@ from ftc.passes.pipeline import Pipeline
 from ftc.runtime.bench import bench, usual_shapes
 from ftc.runtime.compile import compile_model
 from ftc.runtime.engine import TorchEngine, open_engine
-from ftc.runtime.steps import step_sizes, steps, token_types, usual_steps
+from ftc.runtime.steps import parse_step, steps, token_types, usual_steps
 from ftc.tests.families import captured
 from ftc.tests.small import decoder
 
@@ -46,14 +46,14 @@ def test_a_step_reads_what_is_new_and_says_what_the_whole_text_says(
 def test_sizes_of_a_step_are_within_what_is_read() -> None:
     signature = Pipeline.parse("cache").run(captured("llama")[1]).program.signature
     total = Names.total("sequence")
-    assert step_sizes(signature, {"past": 7}) == {"batch": 1, "sequence": 1, "past": 7}
+    assert parse_step(signature, "past=7") == {"batch": 1, "sequence": 1, "past": 7}
     for limit in (2, 100, 10_000):
         limited = replace(signature, limits={total: limit})
         bounded = usual_steps(limited) + usual_steps(signature, limit)
         assert all(s["sequence"] + s["past"] <= limit for s in bounded)
-        step_sizes(limited, {"sequence": 1, "past": limit - 1})
+        parse_step(limited, f"sequence=1,past={limit - 1}")
         with pytest.raises(UsageError, match=f"{limit + 1:,} tokens") as caught:
-            step_sizes(limited, {"sequence": 1, "past": limit})
+            parse_step(limited, f"sequence=1,past={limit}")
         assert f"{limit:,}" in (caught.value.fix or "")
     assert token_types(signature) == captured("llama")[1].signature.input_types
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import command, threads_option
+from .options import command, task_option, threads_option
 
 if TYPE_CHECKING:
     from ftc.runtime.console import Output
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @click.argument("out", metavar="MODEL")
 @click.option("--against", metavar="OTHER", help="Another bundle or model; by default the same "
               "graph in torch.")  # fmt: skip
+@task_option
 @threads_option
 @click.option("--shapes", multiple=True, metavar="SIZES", help="batch=8,sequence=128; may be given "
               "several times.")  # fmt: skip

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @command
 @click.argument("model")
-@click.option("--passes", required=True, metavar="SPEC", help="Passes, joined by commas: "
+@click.option("--passes", default="", metavar="SPEC", help="Passes, joined by commas: "
               "lowrank{ratio=0.8},int8. See `ftc passes`.")  # fmt: skip
 @click.option("-o", "--out", required=True, metavar="OUT", help="The folder to write.")
 @task_option
@@ -43,7 +43,7 @@ def compile(
     **options: Any,
 ) -> None:
     """Capture MODEL, rewrite it, prove it, lower it and save it as OUT."""
-    if not options["passes"].strip():
+    if not options["passes"].strip() and options["task"] != "generate":
         raise UsageError("no passes are named", fix="--passes int8, or --passes cleanup to lower "
                          "the model as it is")  # fmt: skip
     from ftc.runtime import compile as compiling

@@ -162,6 +162,8 @@ class TrainConfig:
         for name in ("weight_decay", "warmup", "clip", "patience", "steps", "seed"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name):g}", where=where, fix="0 or more")
+        if self.seed >= 2**62:
+            raise UsageError(f"seed is {self.seed}", where=where, fix="a number below 2^62")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name):g}", where=where,
