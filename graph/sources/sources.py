@@ -280,9 +280,9 @@ def _download(name: str) -> Path:
 def _missing(path: Path) -> SourceError:
     parent = path.parent
     if parent.is_dir():
-        fix = nearest(
-            path.name, [p.name for p in parent.iterdir() if not p.name.startswith(".")][:50]
-        )
+        names = [p.name for p in parent.iterdir() if not p.name.startswith(".")
+                 and (p.is_dir() or p.suffix in (".gguf", ".pt2"))]  # fmt: skip
+        fix = nearest(path.name, names[:50])
     else:
         fix = f"there is no folder {parent} either"
     if len(path.parts) == 1 and not path.suffix:
