@@ -91,7 +91,7 @@ class _Step:
             return forward, 0.0, 0.0
         backward = max(median(self._backward[kind]) - self._call, _LEAST)
         inputs, weights = (median(each) for each in zip(*self._parts[kind], strict=True))
-        return forward, backward, backward * weights / (inputs + weights)
+        return forward, backward, backward * (weights / (inputs + weights))
 
     def run(self, inputs: Sequence[Tensor], *, apart: bool) -> dict[fx.Node, Hashable]:
         """One step; the kind of each node.

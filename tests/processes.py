@@ -13,13 +13,39 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = str(Path(__file__).parents[1])
-_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.pipelining", "ftc.graph.bundle",
-            "ftc.runtime.training.engines"]  # fmt: skip
+_PRELOAD = [
+    "torch", "torch.distributed.fsdp", "torch.distributed.pipelining", "transformers",
+    "ftc.graph.bundle", "ftc.runtime.training.run", "ftc.runtime.training.engines",
+]  # fmt: skip
+CONTEXT: Any = multiprocessing.get_context("forkserver")
+"""All tests of a process share its server: that imports once what any of them needs."""
+CONTEXT.set_forkserver_preload(_PRELOAD)
+
+
+def process(function: Callable[..., Any], *arguments: Any, fresh: bool = False) -> Any:
+    """A process that calls ``function``, with the environment of this one as it is now.
+
+    Args:
+        function: what it calls.
+        arguments: of it.
+        fresh: one that has imported nothing.
+    """
+    if _ROOT not in sys.path:  # which the processes get: they import functions of tests by name
+        sys.path.append(_ROOT)
+    context: Any = multiprocessing.get_context("spawn") if fresh else CONTEXT
+    return context.Process(target=_call, args=(dict(os.environ), function, arguments))
+
+
+def _call(environment: dict[str, str], function: Any, arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()  # that of whoever started the server
+    os.environ.update(environment)
+    function(*arguments)
 
 
 def spread(
-    count: int, function: Callable[..., Any], *arguments: Any, dies: int | None = None
-) -> list[Any]:
+    count: int, function: Callable[..., Any], *arguments: Any, dies: int | None = None,
+    fresh: bool = False,
+) -> list[Any]:  # fmt: skip
     """What ``function(*arguments)`` returns in each of ``count`` processes, by rank.
 
     Args:
@@ -27,21 +53,16 @@ def spread(
         function: is called in each.
         arguments: of it.
         dies: the rank that ends without a word; its place in the result is None.
+        fresh: they have imported nothing.
 
     Raises:
         AssertionError: with the traceback of a process that failed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    if _ROOT not in sys.path:  # which the processes get: they import functions of tests by name
-        sys.path.append(_ROOT)
-    port, queue = _free_port(), context.Queue()
-    started = [
-        context.Process(target=_work, args=(rank, count, port, queue, function, arguments))
-        for rank in range(count)
-    ]
-    for process in started:
-        process.start()
+    port, queue = _free_port(), CONTEXT.Queue()
+    started = [process(_work, rank, count, port, queue, function, arguments, fresh=fresh)
+               for rank in range(count)]  # fmt: skip
+    for each in started:
+        each.start()
     found: dict[int, Any] = {}
     try:
         for _ in range(count - (dies is not None)):
@@ -49,9 +70,9 @@ def spread(
             assert error is None, f"rank {rank}: {error}"
             found[rank] = result
     finally:
-        for process in started:
-            process.join(5 if len(found) >= count - (dies is not None) else 0)
-            process.kill()
+        for each in started:
+            each.join(5 if len(found) >= count - (dies is not None) else 0)
+            each.kill()
     return [found.get(rank) for rank in range(count)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ from .tiny import custom
 
 STATUS, REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LAYERS = 8
+_IMPORTED = (
+    "torch.distributed.fsdp", "torch.distributed.nn.functional", "torch.distributed.pipelining",
+    "torch.distributed.tensor", "ftc.runtime.training.engines.on_parts",
+    "ftc.runtime.training.engines.pipeline",
+)  # fmt: skip
 pytestmark = pytest.mark.skipif(not REFS.exists(), reason="no /proc/self/clear_refs")
 
 
@@ -95,7 +101,9 @@ def _held(folder: Path, mesh: str) -> tuple[int, int, bool, Any]:
     Last comes what explains a failure.
     """
     hand_back_at_once()
-    warm = load_bundle(folder)  # what is imported on the way is no part of an engine
+    for name in _IMPORTED:  # on the way; no part of an engine
+        importlib.import_module(name)
+    warm = load_bundle(folder)
     release()
     del warm
     private, resident = _now("RssAnon"), _forget_peak()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -23,13 +22,12 @@ from ftc.runtime.training.checkpoint import State, load_checkpoint, save_checkpo
 from ftc.runtime.training.run import train
 from ftc.runtime.training.trainer import Interrupted, Trainer
 
+from .processes import CONTEXT, process
 from .small import encoder
 from .training import config, sentences
 
 KILLS, STEPS = 10, 100
 STAGES = ["weights.safetensors", "optimizer.safetensors", "flush", "before", "after"]
-SPAWN: Any = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["ftc.runtime.training.run", "transformers", __name__])
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +99,11 @@ def _kill_at(stage: str) -> None:
 
 
 def _start(given: Any, stage: str | None = None) -> Any:
-    started = SPAWN.Event()
-    process = SPAWN.Process(target=_child, args=(given, started, stage))
-    process.start()
+    started = CONTEXT.Event()
+    child = process(_child, given, started, stage)
+    child.start()
     assert started.wait(60)
-    return process
+    return child
 
 
 def _weights(folder: Path, out: str) -> bytes:

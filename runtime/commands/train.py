@@ -73,10 +73,11 @@ def train(
 ) -> None:
     """Train PROGRAM on data, and save the result as OUT; defaults stand behind semicolons."""
     from ftc.graph.errors import UsageError
-    from ftc.runtime.training.config import TrainConfig, read_config
+    from ftc.runtime.training.config import TrainConfig
     from ftc.runtime.training.engines import is_main
     from ftc.runtime.training.report import render_train
     from ftc.runtime.training.run import train as run
+    from ftc.runtime.training.toml_file import read_config
     from ftc.runtime.training.trainer import Interrupted
 
     if options["steps"] is not None and options["epochs"] is not None:

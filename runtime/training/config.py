@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from .engines.schedules import check_microbatches, check_options, kind_of
 from .objectives import Objective, parse_objective
 from .objectives.distill import Distillation
 from .schedule import Schedule
+from .toml_file import toml_value
 
 
 @dataclass(frozen=True)
@@ -250,22 +250,7 @@ class TrainConfig:
     def to_toml(self) -> str:
         """The configuration as TOML: every key that is not empty, in order."""
         values = dataclasses.asdict(self)
-        return "".join(f"{k} = {_toml(v)}\n" for k, v in values.items() if v not in (None, ""))
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The values in a TOML file.
-
-    Raises:
-        UsageError: for a file that is not there, or not TOML.
-    """
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", fix="name a file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"not TOML: {error}", where=str(path), fix="key = value") from None
+        return "".join(f"{k} = {toml_value(v)}\n" for k, v in values.items() if v not in (None, ""))
 
 
 def _positive(name: str, value: int | None, where: str | None) -> None:
@@ -297,12 +282,3 @@ def _words(hint: Any) -> str:
         for m in _members(hint)
         if m is not NoneType
     )
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
-    return repr(value)

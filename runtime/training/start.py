@@ -26,7 +26,7 @@ from ftc.passes.pipeline import Pipeline
 from ftc.runtime.memory import collected_by_hand, release
 from ftc.runtime.probes import make_context
 
-from .config import TrainConfig, read_config
+from .config import TrainConfig
 from .data.encoder import Encoder
 from .dataset import load_dataset
 from .engines import Alone, World
@@ -35,6 +35,7 @@ from .objectives.base import Objective, Scene, Tensors, hidden_name
 from .objectives.distill import Distillation
 from .report import TrainReport
 from .shared import shared
+from .toml_file import read_config
 
 PROGRAM, CONFIG, DATA, REPORT = "program", "train.toml", "data.json", "train.json"
 CHECKPOINTS = "checkpoints"

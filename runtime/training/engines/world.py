@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from .mesh import Mesh
 from .rendezvous import meet
 
 AXES = ("pp", "dp", "fsdp", "tp")
+_BEFORE = ("torch.distributed.nn.functional", "torch.distributed.optim")
+"""Modules with default arguments that are the group which is there when they are imported: of a
+run that has begun they would hold it, and its threads, until the process ends."""
 _ROUNDS = 8  # of collecting, at most; two or three find nothing more
 
 
@@ -87,6 +91,8 @@ class World:
                 f"the mesh {mesh} has {plural(mesh.size, 'process', 'processes')}, "
                 f"and {plural(started, 'was', 'were')} started", fix=" or ".join(other + again),
             )  # fmt: skip
+        for name in _BEFORE:
+            import_module(name)
         self.mesh, self.device = mesh, device
         backend = "nccl" if device.type == "cuda" else "gloo"
         with self.watched():
