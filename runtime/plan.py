@@ -31,6 +31,8 @@ from ftc.graph.training_cost import (
     usual_sizes,
 )
 
+from .training.engines.schedules import check_microbatches, kind_of
+
 _SHOWN = 8
 _ROUNDS = 2  # stages a device, where a schedule takes several
 
@@ -181,6 +183,8 @@ def _ways(cuts: _Cuts, batch: int, replicas: int, devices: int) -> Iterator[Plan
             costs = cuts.costs(stages, microbatch)
             times = [cost.time_on(cuts.hardware) for cost in costs]
             try:
+                if devices > 1:
+                    check_microbatches(kind_of(schedule), own // microbatch, devices)
                 line = simulate(schedule, times, own // microbatch, devices)
             except UsageError:  # no such number of stages or microbatches
                 continue

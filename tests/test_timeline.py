@@ -16,6 +16,7 @@ from ftc.graph.timeline import SCHEDULES, Schedule, StageTime, refuse, simulate
 from ftc.passes.partition import Partition
 from ftc.runtime.plan import plan
 from ftc.runtime.stage_report import draw_timelines, report_stages, timelines
+from ftc.runtime.training.config import TrainConfig
 
 from .small import encoder
 from .tiny import tiny
@@ -128,6 +129,23 @@ def test_plans_fit_and_the_fastest_comes_first() -> None:
     tight = plan(program, "m", devices=4, memory="9MB", batch=16, device="cpu")
     assert tight.found[0].seconds >= plans.found[0].seconds
     assert all(each.peak <= 9e6 for each in tight.found)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_training_takes_what_is_planned(devices: int) -> None:
+    """Every way that is shown, and the command for the first as it is printed."""
+    plans = plan(tiny("bert"), "m", devices=devices, memory="1GB", batch=8, device="cpu")
+    given = {"program": "m", "data": "FILE", "objective": "mlm", "out": "OUT", "batch": 8}
+    for each in plans.found:
+        ways = {"mesh": each.mesh}
+        if each.devices > 1:
+            ways |= {"pipeline": each.schedule, "microbatches": each.microbatches}
+        TrainConfig.of(given | ways)
+    words = plans.commands[-1].split()
+    assert ("torchrun" in words) == (devices > 1) == ("--mesh" in words)
+    options = dict(itertools.pairwise(words))
+    rows = int(options["--batch"]) * int(options.get("--accumulate", 1))
+    assert rows == 8 and ("--microbatches" in options) == (plans.found[0].stages > 1)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ftc.graph.errors import UsageError
+from ftc.graph.words import plural
 from ftc.runtime.predict import labels as model_labels
 
 from .config import TrainConfig
@@ -95,7 +96,7 @@ class _Source:
         scene = replace(scene, labels=tuple(encoded.facts["labels"]))
         table = self.objective.arrange(encoded, scene)
         source = "from the cache" if hit else "encoded"
-        self.notes.append(f"{path.name}: {len(table):,} examples, {source}")
+        self.notes.append(f"{path.name}: {plural(len(table), 'example')}, {source}")
         self._note_missing(table, scene)
         if self.objective.cuts and (full := _filling(table, scene.encoder.length)):
             self.notes.append(f"{full:,} of them fill all {scene.encoder.length} tokens of a row: "
@@ -195,7 +196,7 @@ def _split(table: Table, share: float, seed: int) -> tuple[Examples, Examples]:
     """The examples without a random share, and that share, in the order of the data."""
     held = max(1, round(len(table) * share))
     if held >= len(table):
-        raise UsageError(f"{len(table)} examples cannot be split", fix="give more data")
+        raise UsageError(f"{plural(len(table), 'example')} cannot be split", fix="give more data")
     order = torch.randperm(len(table), generator=generator(seed))
     kept, out = order[held:].sort().values, order[:held].sort().values
     return Examples(table, kept), Examples(table, out)

@@ -40,6 +40,7 @@ class Distillation(Objective):
 
     name: ClassVar[str] = "distillation"
     optional: ClassVar[tuple[str, ...]] = (PAIR,)
+    cuts: ClassVar[bool] = True
 
     temperature: float = 2.0
     hidden: float = 0.0
