@@ -51,11 +51,10 @@ class Sampling:
         for name, (fits, what) in legal.items():
             if not fits:
                 raise UsageError(f"--{name} is out of range", fix=f"give a number: {what}")
-        drawn = [name for name, off in (("top-k", self.top_k == 0), ("top-p", self.top_p == 1))
-                 if not off]  # fmt: skip
-        if drawn and self.temperature == 0:
+        given = "top-k" if self.top_k else "top-p" if self.top_p < 1 else None
+        if given and self.temperature == 0:
             raise UsageError(
-                f"--{drawn[0]} says what is drawn from, and at temperature 0 nothing is drawn",
+                f"--{given} says what is drawn from, and at temperature 0 nothing is drawn",
                 fix="--temperature 1, or leave it out",
             )
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from ftc.graph.adapters import adapter_parameters, lora_adapters
 from ftc.graph.errors import BundleError, FtcError, PreconditionError, UsageError
@@ -20,68 +18,8 @@ from ftc.graph.program import Program
 from ftc.graph.sources import capture
 from ftc.passes.pipeline import Pipeline
 from ftc.runtime.adapters import load_adapters, load_peft, save_adapters, save_peft
+from ftc.tests.peft_models import CLOSE, agree, make, peft, quiet, theirs, trained_by_peft  # noqa: F401
 from ftc.tests.test_lora import drift, randomize
-
-peft = pytest.importorskip("peft")
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """PEFT and transformers warn of each other, and that is theirs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-_SIZES = {
-    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24,
-    "num_attention_heads": 4, "max_position_embeddings": 64,
-}  # fmt: skip
-
-
-def make(kind: str, folder: Path) -> Path:
-    """A small random model of transformers in ``folder``."""
-    import transformers
-
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, eos_token_id=1))
-    elif kind == "llama":
-        config = transformers.LlamaConfig(
-            **_SIZES, num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0
-        )
-        model = transformers.LlamaForCausalLM(config)
-    elif kind == "classifier":
-        model = transformers.BertForSequenceClassification(
-            transformers.BertConfig(**_SIZES, num_labels=3)
-        )
-    elif kind == "masked":
-        model = transformers.BertForMaskedLM(transformers.BertConfig(**_SIZES))
-    else:
-        model = transformers.BertModel(transformers.BertConfig(**_SIZES))
-    model.save_pretrained(folder)
-    return folder
-
-
-def theirs(kind: str, folder: Path) -> nn.Module:
-    import transformers
-
-    name = {"bert": "AutoModel", "classifier": "AutoModelForSequenceClassification",
-            "masked": "AutoModelForMaskedLM"}  # fmt: skip
-    maker = getattr(transformers, name.get(kind, "AutoModelForCausalLM"))
-    return maker.from_pretrained(folder).eval()
-
-
-def agree(program: Program, model: nn.Module) -> None:
-    inputs = program.signature.probe(seed=3, batch=2, sequence=7)
-    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-    with torch.no_grad():
-        found, wanted = program(inputs), model.eval()(**inputs)
-    name = program.signature.output_names[0]
-    torch.testing.assert_close(found[name], wanted[name], **CLOSE)
-
 
 CASES = {
     "bert": {"target_modules": ["query", "value"]},
@@ -98,20 +36,6 @@ CASES = {
     "llama-head": {"target_modules": ["lm_head", "q_proj"]},
     "classifier": {"target_modules": ["query"], "task_type": "SEQ_CLS"},
 }
-
-
-def trained_by_peft(
-    kind: str, model: nn.Module, options: dict[str, Any], folder: Path
-) -> nn.Module:
-    """A model with PEFT's adapters as if they were trained, saved in ``folder``."""
-    torch.manual_seed(1)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            step = torch.randn_like(parameter) / 8
-            parameter.data = parameter.data + step if "pissa" in str(options) else step
-    adapted.save_pretrained(folder)
-    return adapted
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -157,36 +81,6 @@ def test_pissa_goes_to_peft_as_pissa(tmp_path: Path) -> None:
     agree(program, peft.PeftModel.from_pretrained(theirs("bert", source), folder))
 
 
-def test_what_trained_whole_is_in_modules_to_save(tmp_path: Path) -> None:
-    source = make("classifier", tmp_path / "model")
-    program = randomize(Pipeline.parse("lora").run(capture(source)).program)
-    with torch.no_grad():
-        program.tensor("classifier.weight").data = program.tensor("classifier.weight") * 2
-    folder = save_peft(program, tmp_path / "peft")
-    assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
-    agree(program, peft.PeftModel.from_pretrained(theirs("classifier", source), folder))
-
-
-@pytest.mark.parametrize("also", ["none", "norm", "bias", "bias & attention", "bias|head"])
-def test_what_else_trained_beside_the_adapters_of_a_classifier(also: str, tmp_path: Path) -> None:
-    source = make("classifier", tmp_path / "model")
-    program = randomize(Pipeline.parse(f'lora{{also="{also}"}}').run(capture(source)).program)
-    for parameter in program.module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data + torch.randn_like(parameter) / 8
-    folder = save_peft(program, tmp_path / "peft")
-    agree(program, peft.PeftModel.from_pretrained(theirs("classifier", source), folder))
-    assert drift(program, load_peft(capture(source), folder)) < 1e-6
-
-
-def test_a_module_is_adapted_or_trained_whole(tmp_path: Path) -> None:
-    program = capture(make("classifier", tmp_path / "model"))
-    program = Pipeline.parse("lora,freeze{train=adapter|attention}").run(program).program
-    with pytest.raises(UsageError, match="whole or adapts it") as caught:
-        save_peft(program, tmp_path / "peft")
-    assert "save_adapters" in str(caught.value.fix)
-
-
 @pytest.mark.parametrize("spec", ["prefix{tokens=5}", "prompt{tokens=5}"])
 def test_a_model_that_peft_has_no_task_for_uses_its_prefix(spec: str, tmp_path: Path) -> None:
     source = make("masked", tmp_path / "model")
@@ -216,36 +110,6 @@ def test_prefixes_and_prompts(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = model(**inputs).logits[:, -7:]
     torch.testing.assert_close(program(inputs)["logits"], wanted, **CLOSE)
-
-
-@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])
-def test_a_classifier_goes_with_its_prefix_or_prompt_both_ways(kind: str, tmp_path: Path) -> None:
-    source = make("classifier", tmp_path / "model")
-    options = {"task_type": "SEQ_CLS", "num_virtual_tokens": 4}
-    named = {"PREFIX_TUNING": peft.PrefixTuningConfig, "PROMPT_TUNING": peft.PromptTuningConfig}
-    model = peft.get_peft_model(theirs("classifier", source), named[kind](**options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += torch.randn_like(parameter)
-    model.save_pretrained(tmp_path / "peft")
-    program = load_peft(capture(source), tmp_path / "peft")
-    assert not torch.equal(program.tensor("classifier.weight"),
-                           capture(source).tensor("classifier.weight"))  # fmt: skip
-    back = save_peft(program, tmp_path / "again")
-    inputs = program.signature.probe(seed=3, batch=2, sequence=7)
-    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-    again = peft.PeftModel.from_pretrained(theirs("classifier", source), back)
-    for each in (model.eval(), again.eval()):
-        with torch.no_grad():
-            torch.testing.assert_close(program(inputs)["logits"], each(**inputs).logits, **CLOSE)
-
-
-def test_biases_of_a_saved_module_are_read_once(tmp_path: Path) -> None:
-    source = make("classifier", tmp_path / "model")
-    options = {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}
-    model = trained_by_peft("classifier", theirs("classifier", source), options, tmp_path / "peft")
-    agree(load_peft(capture(source), tmp_path / "peft"), model)
 
 
 STILL = "smooth{alpha=none},rotate{gain=none}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 from pathlib import Path
 from typing import Any
@@ -85,21 +84,8 @@ def _made(program: Any, mesh: str, **options: Any) -> tuple[Any, World]:
                        TrainConfig(mesh=mesh, **options), world), world  # fmt: skip
 
 
-def _large() -> dict[str, list[str]]:
-    """Large tensors that live, by the memory they share: what a failure shows."""
-    found: dict[str, list[str]] = {}
-    for each in gc.get_objects():
-        if type(each) in (Tensor, nn.Parameter) and each.untyped_storage().nbytes() > 1 << 20:
-            place = f"{each.untyped_storage().data_ptr():x} {each.untyped_storage().nbytes():,}"
-            found.setdefault(place, []).append(f"{type(each).__name__} {[*each.shape]}")
-    return found
-
-
-def _held(folder: Path, mesh: str) -> tuple[int, int, bool, Any]:
-    """Growth of private and of peak memory by an engine, and whether the file is still mapped.
-
-    Last comes what explains a failure.
-    """
+def _held(folder: Path, mesh: str) -> tuple[int, int, bool]:
+    """Growth of private and of peak memory by an engine, and whether the file is still mapped."""
     hand_back_at_once()
     for name in _IMPORTED:  # on the way; no part of an engine
         importlib.import_module(name)
@@ -111,13 +97,9 @@ def _held(folder: Path, mesh: str) -> tuple[int, int, bool, Any]:
     let_go()
     release()
     grown = _now("RssAnon") - private, _now("VmHWM") - resident
-    held = _large()
-    garbage = gc.collect()
-    again = _now("RssAnon") - private
     world.leave()
     assert engine.names
-    mapped = "model.safetensors" in Path("/proc/self/maps").read_text()
-    return *grown, mapped, (engine.rank, garbage, again, sorted(engine.parameters()), held)
+    return *grown, "model.safetensors" in Path("/proc/self/maps").read_text()
 
 
 def test_a_process_reads_and_holds_its_part_of_the_weights(tmp_path: Path) -> None:
@@ -125,8 +107,8 @@ def test_a_process_reads_and_holds_its_part_of_the_weights(tmp_path: Path) -> No
     folder, size = _kept(tmp_path, 768, 3072)
     found = {mesh: spread(2, _held, folder, mesh) for mesh in ("pp=2", "tp=2", "fsdp=2")}
     for mesh, ranks in found.items():
-        for private, peak, mapped, why in ranks:
-            assert private <= 0.75 * size and not mapped, (mesh, ranks, why)
+        for private, peak, mapped in ranks:
+            assert private <= 0.75 * size and not mapped, mesh
             assert peak <= (1.8 if mesh == "tp=2" else 1.5) * size, mesh
 
 

@@ -173,9 +173,10 @@ class TrainConfig:
                              fix="name a folder")  # fmt: skip
         if self.patience and not self.eval:
             raise UsageError("patience needs data to evaluate on", where=where, fix="--eval 0.1")
-        if self.teacher and (name := self.made_objective().name) != Distillation.name:
+        objective = self.made_objective()
+        if self.teacher and not isinstance(objective, Distillation):
             fix = f"--objective {Distillation.name}, or leave teacher out"
-            raise UsageError(f"{name} has no teacher", where=where, fix=fix)
+            raise UsageError(f"{objective.name} has no teacher", where=where, fix=fix)
         kind = kind_of(self.pipeline)
         if (mesh := self.made_mesh()).pp > 1:
             check_microbatches(kind, self.per_batch * self.accumulate, mesh.pp)
@@ -237,9 +238,8 @@ class TrainConfig:
         if self.warmup >= total > 0:
             yield (f"warmup={self.warmup:g} is not shorter than the run of {plural(total, 'step')}:"
                    " the learning rate only rises")  # fmt: skip
-        default = {field.name: field.default for field in dataclasses.fields(self)}
         for name in ("pipeline", "microbatches") if self.made_mesh().pp == 1 else ():
-            if (value := getattr(self, name)) != default[name]:
+            if (value := getattr(self, name)) != getattr(TrainConfig, name):
                 yield f"{name}={value} is of a mesh with stages, pp=2 or more, and was not used"
 
     def made_schedule(self, total: int) -> Schedule:

@@ -25,7 +25,7 @@ from ftc.graph.program import Program
 from ftc.runtime.engine import torch_device
 
 from .modules import in_mode, move, running_buffers, trainable
-from .norm import scale_down, squared_norm
+from .norm import scale_to
 from .objectives.base import Batch, Objective, Scene, hidden_name
 
 Precision = Literal["fp32", "bf16"]
@@ -201,9 +201,7 @@ class OneProcess:
     def clip(self, most: float) -> float:
         """Scales gradients to a norm of at most ``most``."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = float(squared_norm(gradients).sqrt())
-        scale_down(gradients, norm, most)
-        return norm
+        return scale_to(gradients, gradients, most)
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[dict[str, float], dict[str, float]]:
         """Means of the loss's parts and sums of the metrics, in eval mode."""

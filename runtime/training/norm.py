@@ -13,9 +13,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 _PIECE = 1 << 14
+
+
+def scale_to(
+    counted: Sequence[Tensor], scaled: Sequence[Tensor], most: float,
+    groups: Sequence[dist.ProcessGroup] = (), device: torch.device | None = None,
+) -> float:  # fmt: skip
+    """Scales gradients so that their norm is at most ``most``; returns the norm.
+
+    Args:
+        counted: each part of each gradient in one process of the groups only.
+        scaled: all that this process has.
+        most: largest norm.
+        groups: over which norms are added; none for one process.
+        device: of the groups.
+    """
+    squares = squared_norm(counted).to(device)
+    for group in groups:
+        dist.all_reduce(squares, group=group)
+    norm = float(squares.sqrt())
+    scale_down(scaled, norm, most)
+    return norm
 
 
 def squared_norm(gradients: Iterable[Tensor]) -> Tensor:

@@ -151,7 +151,7 @@ def ended(config: TrainConfig) -> TrainReport | None:
 
 def _check_same(config: TrainConfig, path: Path) -> None:
     """Refuses options that a run did not have, which wrote its own to ``path``."""
-    before = TrainConfig.of(read_config(path), str(path))
+    before = _written(path)
     for key in (k for k in vars(config) if k not in _FREE):
         old, new = getattr(before, key), getattr(config, key)
         if old != new:
@@ -160,10 +160,14 @@ def _check_same(config: TrainConfig, path: Path) -> None:
                              fix="give the same options, or start again: --force")  # fmt: skip
 
 
+def _written(path: Path) -> TrainConfig:
+    """The configuration that a run wrote to ``path``."""
+    return TrainConfig.of(read_config(path), str(path))
+
+
 def rounding(config: TrainConfig) -> list[str]:
     """Options of a resumed run that differ from those it began with, one sentence each."""
-    path = run_folder(config) / CONFIG
-    before = TrainConfig.of(read_config(path), str(path))
+    before = _written(run_folder(config) / CONFIG)
     return [f"the run began with {key}={old!r} and goes on with {new!r}: its weights are those of "
             "an uninterrupted run up to rounding, not to the bit"
             for key in _ROUNDING

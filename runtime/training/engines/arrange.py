@@ -122,9 +122,8 @@ def staged(program: Program, processes: int, schedule: str) -> Program:
     count = processes * kind_of(schedule).stages
     if processes == 1 or len(set(annotated(program).values())) == count:
         return program
-    return (
-        Passes((Partition(count),)).run(program, Context(proven=True)).program
-    )  # it changes no number
+    ctx = Context(proven=True)  # it changes no number
+    return Passes((Partition(count),)).run(program, ctx).program
 
 
 def _notes(before: Program, after: Program) -> tuple[str, ...]:

@@ -27,9 +27,10 @@ from ftc.graph.fold import Folded, fold
 from ftc.graph.program import Program
 from ftc.runtime.memory import hand_back_at_once
 from ftc.runtime.training.engine import EngineOptions, OneProcess, prepare
+from ftc.runtime.training.norm import scale_to
 from ftc.runtime.training.objectives.base import Batch, Objective, Scene
 
-from .shards import forget, keep, local, part_of, scale_to, wholes
+from .shards import forget, keep, local, part_of, wholes
 from .world import World
 
 
@@ -130,8 +131,6 @@ class DataParallel(OneProcess):
 
     def clip(self, most: float) -> float:
         """Scales gradients to a norm of at most ``most``."""
-        if not self._sharded:
-            return super().clip(most)
         gradients = list(self.counted().values())
         return scale_to(gradients, gradients, most, self.counted_over(), self._device)
 

@@ -21,10 +21,11 @@ from ftc.graph.program import Program
 from ftc.graph.sharding import part
 from ftc.runtime.training.engine import Engine
 from ftc.runtime.training.modules import mostly
+from ftc.runtime.training.norm import scale_to
 from ftc.runtime.training.objectives.base import Batch
 
 from .arrange import Arranged
-from .shards import forget, keep, local, scale_to, whole_of, wholes
+from .shards import forget, keep, local, whole_of, wholes
 from .world import World
 
 

@@ -22,12 +22,13 @@ from ftc.graph.errors import PreconditionError
 from ftc.graph.program import Program
 from ftc.runtime.training.engine import EngineOptions, autocasting
 from ftc.runtime.training.modules import in_mode, running_buffers, trainable
+from ftc.runtime.training.norm import scale_to
 from ftc.runtime.training.objectives.base import Batch, Objective, Scene, hidden_name
 
 from .data_parallel import shown
 from .microbatch import cut_back, largest, padded, sizes_of
 from .schedules import Kind, check_microbatches, kind_of, make_schedule, owners
-from .shards import forget, keep, local, part_of, scale_to, wholes
+from .shards import forget, keep, local, part_of, wholes
 from .stage import StageModule, messages
 from .world import World, add_gradients, gather
 
@@ -220,9 +221,8 @@ class Pipeline:
     def clip(self, most: float) -> float:
         """Scales gradients to a norm of at most ``most``; what stages share counts once."""
         every = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
-        return scale_to(
-            list(self.counted().values()), every, most, self.counted_over(), self._device
-        )
+        counted = list(self.counted().values())
+        return scale_to(counted, every, most, self.counted_over(), self._device)
 
     def counted(self) -> dict[str, Tensor]:
         """Its gradients by name, without those of parameters that an earlier stage has too."""

@@ -1,15 +1,12 @@
-"""Tensors that several processes hold in parts: whole, in part, and their norm."""
+"""Tensors that several processes hold in parts: whole, and in part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from ftc.runtime.training.norm import scale_down, squared_norm
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -60,24 +57,3 @@ def wholes(
         if here:
             found[name] = whole
     return found
-
-
-def scale_to(
-    counted: Sequence[Tensor], scaled: Sequence[Tensor], most: float,
-    groups: Sequence[dist.ProcessGroup], device: torch.device,
-) -> float:  # fmt: skip
-    """Scales gradients so that their norm is at most ``most``; returns the norm.
-
-    Args:
-        counted: each part of each gradient in one process of the groups only.
-        scaled: all that this process has.
-        most: largest norm.
-        groups: over which norms are added.
-        device: of the groups.
-    """
-    squares = squared_norm(counted).to(device)
-    for group in groups:
-        dist.all_reduce(squares, group=group)
-    norm = float(squares.sqrt())
-    scale_down(scaled, norm, most)
-    return norm

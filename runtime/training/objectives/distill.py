@@ -19,6 +19,8 @@ from torch import Tensor, fx
 from ftc.graph.errors import UsageError
 from ftc.graph.fold import layer_outputs
 from ftc.graph.program import Program
+from ftc.graph.shapes import value
+from ftc.graph.signature import Dim, format_shape
 from ftc.runtime.training.data.rows import Row
 from ftc.runtime.training.data.table import Table, Values
 
@@ -71,8 +73,8 @@ class Distillation(Objective):
         for name in common:
             if own[name] != theirs[name]:
                 raise UsageError(
-                    f"the output {name} has the shape {_shown(own[name])}, "
-                    f"and the teacher's {_shown(theirs[name])}",
+                    f"the output {name} has the shape {format_shape(own[name])}, "
+                    f"and the teacher's {format_shape(theirs[name])}",
                     fix="take a teacher with outputs of the same shape",
                 )
         if not self.hidden:
@@ -141,18 +143,14 @@ class Distillation(Objective):
         return terms.mean() * keep.sum()
 
 
-def _shapes(program: Program) -> dict[str, list[int | None]]:
-    """The shape of each output; None for a size that differs from call to call."""
-    return {spec.name: [size if isinstance(size, int) else None for size in spec.shape]
+def _shapes(program: Program) -> dict[str, tuple[Dim, ...]]:
+    """The shape of each output; ``…`` for a size that differs from call to call."""
+    return {spec.name: tuple(size if isinstance(size, int) else "…" for size in spec.shape)
             for spec in program.signature.outputs}  # fmt: skip
 
 
-def _shown(shape: Sequence[int | None]) -> str:
-    return f"[{', '.join('…' if size is None else str(size) for size in shape)}]"
-
-
 def _widths(layers: Sequence[fx.Node]) -> set[int]:
-    return {int(node.meta["val"].shape[-1]) for node in layers}
+    return {int(value(node).shape[-1]) for node in layers}
 
 
 def _relative(found: Tensor, wanted: Tensor, keep: Tensor) -> Tensor:
