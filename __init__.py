@@ -10,8 +10,9 @@ Names are imported when they are first used (PEP 562): ``import ftc`` is quick.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .graph.lazy import importing
 
 if TYPE_CHECKING:
     from .graph.bundle import load_bundle, save_bundle
@@ -60,12 +61,7 @@ __all__ = [  # noqa: RUF022  (in the order in which they are needed)
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = importing(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

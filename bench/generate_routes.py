@@ -131,8 +131,9 @@ def _ftc(folder: Path, threads: int) -> Speaker:
     import torch
 
     from ftc.runtime.decoder import Decoder
-    from ftc.runtime.engine import open_engine, set_threads
+    from ftc.runtime.engine import open_engine
     from ftc.runtime.generate import next_tokens
+    from ftc.runtime.threads import set_threads
 
     set_threads(threads)
     decoder = Decoder(open_engine(str(folder), "onnx"))
@@ -201,7 +202,7 @@ def _build_openvino(model: Path, folder: Path) -> None:
         from openvino._offline_transformations import apply_make_stateful_transformation
     except ImportError as error:
         raise Missing(f"{error.name} is not installed") from None
-    from ftc.graph.cached import present_of
+    from ftc.graph.cache_inputs import present_of
     from ftc.graph.sources import capture
     from ftc.passes.pipeline import Pipeline
     from ftc.runtime.lower import lower, save_onnx

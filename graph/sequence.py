@@ -23,6 +23,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 
+from .cache_inputs import POSITIONS
 from .cost import operator_name
 from .errors import PreconditionError
 from .program import Program
@@ -32,9 +33,6 @@ from .shapes import VAL
 from .signature import InputSpec
 from .structure.weights import through
 from .symbols import expression
-
-POSITIONS = "position_ids"
-"""The name under which models take positions; other inputs of integers describe tokens."""
 
 LOOKUPS = {"aten.embedding": 1, "ftc.quantized_embedding": 3}
 """Operators that look rows of a table up, and where among their arguments the indices are."""

@@ -173,9 +173,14 @@ def format_shape(shape: tuple[Dim, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32``"""
+    return str(dtype).removeprefix("torch.")
+
+
 def format_spec(spec: InputSpec | OutputSpec) -> str:
     """``float32 [batch, sequence, 384]``"""
-    return f"{str(spec.dtype).removeprefix('torch.')} {format_shape(spec.shape)}"
+    return f"{dtype_name(spec.dtype)} {format_shape(spec.shape)}"
 
 
 def _sample(spec: InputSpec, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from .cache_inputs import POSITIONS
 from .cost import operator_name
 from .errors import PreconditionError
 from .provenance import describe
 from .restrict import END, Axes, restrict
 from .rewriter import Rewriter
-from .sequence import POSITIONS, Sequence, inputs
+from .sequence import Sequence, inputs
 from .shapes import value
 from .signature import InputSpec
 

@@ -24,7 +24,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from ftc.graph.cached import Names, run_in_pieces
+from ftc.graph.cache_inputs import Names
+from ftc.graph.cached import run_in_pieces
 from ftc.graph.causal import sees_ahead
 from ftc.graph.cost import operator_name
 from ftc.graph.drift import Difference

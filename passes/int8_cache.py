@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from ftc.graph import quantized_ops  # noqa: F401  (registers torch.ops.ftc)
-from ftc.graph.cached import present_of, run_in_pieces, states, step_inputs
+from ftc.graph.cache_inputs import present_of
+from ftc.graph.cached import run_in_pieces, states, step_inputs
 from ftc.graph.drift import Difference
 from ftc.graph.errors import BudgetError, PreconditionError
 from ftc.graph.observe import observe

@@ -22,15 +22,8 @@ import torch
 from torch import Tensor
 
 from ftc.graph.adapters import SOFT_PROMPT
-from ftc.graph.cached import (
-    Start,
-    is_cached,
-    present_of,
-    start_of,
-    states,
-    step_inputs,
-    token_limit,
-)
+from ftc.graph.cache_inputs import present_of
+from ftc.graph.cached import Start, is_cached, start_of, states, step_inputs, token_limit
 from ftc.graph.causal import sees_ahead
 from ftc.graph.drift import Difference, compare
 from ftc.graph.errors import PreconditionError, PromiseError, UsageError

@@ -15,14 +15,15 @@ from torch import Tensor, fx
 
 from ftc.graph.adapters import adapter_kind
 from ftc.graph.body import classifier_head
+from ftc.graph.cache_inputs import POSITIONS
 from ftc.graph.errors import PreconditionError, UsageError
 from ftc.graph.observe import values
 from ftc.graph.prepend import Prepending
 from ftc.graph.program import Program
 from ftc.graph.provenance import describe, provenance
 from ftc.graph.rewriter import Rewriter
-from ftc.graph.sequence import POSITIONS, find_sequence, token_inputs
 from ftc.graph.sequence import Sequence as TokenSequence
+from ftc.graph.sequence import find_sequence, token_inputs
 from ftc.graph.shapes import value
 from ftc.graph.sources.tokenizer import tokenizer
 from ftc.graph.states import States, find_states

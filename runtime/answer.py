@@ -10,24 +10,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 
-from ftc.graph.cached import is_cached
 from ftc.graph.errors import UsageError
 
 from .console import duration, table
-from .continuation import Asked, Pace, pieces, tokens_of
+from .continuation import Asked, Pace, pieces
 from .decoder import Decoder
 from .engine import Engine
-from .lengths import cut_texts
-from .predict import Labelled, check_text_task, classify, embed, fill_masks
-from .render import render_labels
-from .tensors import out_of_range, read_tensors
-from .text import need_tokenizer
+from .spoken import check_text_task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .predict import Labelled
 
 Write = Callable[[str], None]
 _SHOWN = 4
@@ -92,11 +91,15 @@ def answer_text(engine: Engine, texts: Sequence[str], *, asked: Asked, write: Wr
         UsageError: for a program that takes no text, or a text that does not fit its task.
         Stopped: when a continuation is interrupted.
     """
-    program, task = engine.program, engine.program.signature.task
-    check_text_task(program)
-    given = tuple(texts)
+    task, given = engine.spoken.task, tuple(texts)
+    check_text_task(task)
     if task == "causal-lm":
         return _continue(engine, given, asked, write)
+    from .lengths import cut_texts  # what follows takes torch
+    from .predict import classify, embed, fill_masks
+    from .text import need_tokenizer
+
+    program = engine.program
     notes = tuple(map(str, cut_texts(program, given, need_tokenizer(program))))
     if task == "feature-extraction":
         vectors, pooling = embed(engine, given)
@@ -115,10 +118,11 @@ def _continue(engine: Engine, texts: tuple[str, ...], asked: Asked, write: Write
 
     Several texts with a cache are one batch, and written when all have ended.
     """
-    prompts = tokens_of(engine.program, texts)
+    spoken = engine.spoken
+    prompts = spoken.tokens_of(texts)
     pace = Pace()
     with stoppable(write):
-        if len(texts) > 1 and is_cached(engine.program.signature):
+        if len(texts) > 1 and spoken.cached:
             said = [""] * len(texts)
             for new in pieces(Decoder(engine), prompts, asked, pace):
                 said = [before + piece for before, piece in zip(said, new, strict=True)]
@@ -126,8 +130,7 @@ def _continue(engine: Engine, texts: tuple[str, ...], asked: Asked, write: Write
         else:
             said = [_stream(engine, text, ids, asked, pace, write)
                     for text, ids in zip(texts, prompts, strict=True)]  # fmt: skip
-    task = engine.program.signature.task
-    return Answer(engine.label, task, texts, continuations=tuple(said), pace=pace)
+    return Answer(engine.label, spoken.task, texts, continuations=tuple(said), pace=pace)
 
 
 def _stream(
@@ -161,6 +164,8 @@ def answer_tensors(engine: Engine, path: Path) -> Answer:
     Raises:
         UsageError: when they do not fit its inputs.
     """
+    from .tensors import out_of_range, read_tensors
+
     inputs = read_tensors(path, engine.program.signature)
     try:
         outputs = engine(inputs)
@@ -183,8 +188,11 @@ def render_answer(answer: Answer, console: Console) -> None:
     """The answer as tables; a continuation was written already as it came."""
     if answer.vectors is not None:
         _render_vectors(answer, answer.vectors, console)
-    for group in answer.labelled:
-        render_labels(group, console)
+    if answer.labelled:
+        from .render import render_labels
+
+        for group in answer.labelled:
+            render_labels(group, console)
     if answer.tensors is not None:
         _render_tensors(answer.tensors, console)
     for note in answer.notes:

@@ -25,9 +25,11 @@ from ftc.graph.sources import capture
 from ftc.graph.words import listed
 
 from .console import format_sizes
-from .engine import MODEL, Engine, OnnxEngine, TorchEngine, open_engine, set_threads
+from .engine import MODEL, Engine, OnnxEngine, open_engine
 from .measure import Timing, interleaved, machine, noise, ratio
 from .steps import parse_step, steps, token_types, usual_steps
+from .threads import set_threads
+from .torch_engine import TorchEngine
 
 _TEXT_SHAPES = ((8, 128), (4, 128), (2, 128), (1, 128), (1, 64), (1, 32), (1, 16), (1, 8))
 LARGE = 13e9

@@ -13,8 +13,8 @@ from ftc.graph.errors import UsageError
 from .continuation import Asked, Pace, pieces
 from .decoder import Decoder
 from .engine import Engine
-from .predict import check_text_task
-from .text import IDS, need_tokenizer
+from .spoken import check_text_task
+from .tokens import IDS
 
 
 class Chat:
@@ -32,13 +32,14 @@ class Chat:
     """
 
     def __init__(self, engine: Engine, asked: Asked) -> None:
-        check_text_task(engine.program)
-        if engine.program.signature.task != "causal-lm":
+        spoken = engine.spoken
+        check_text_task(spoken.task)
+        if spoken.task != "causal-lm":
             raise UsageError(
-                f"a program of task {engine.program.signature.task!r} does not answer",
+                f"a program of task {spoken.task!r} does not answer",
                 fix="compile a language model with --task generate",
             )
-        self._tokenizer = need_tokenizer(engine.program)
+        self._tokenizer = spoken.tokenizer
         if not self._tokenizer.chat_template:
             raise UsageError(
                 "the tokenizer has no chat template: the model was not made to converse",

@@ -39,7 +39,7 @@ from ftc.passes.pipeline import Observer
 from .assigned import assigned
 from .bench import Latency, usual_shapes
 from .bench import compare as compare_latency
-from .engine import MODEL, OnnxEngine, TorchEngine, torch_threads
+from .engine import MODEL, OnnxEngine
 from .kernels import resolve
 from .lower import Dialect, decomposed, lower, save_onnx
 from .measure import machine
@@ -50,6 +50,7 @@ from .probes import check_measuring, make_context
 from .recover import recovering
 from .report import ONNX, CompileReport, Plan, Step, original_step, pass_step
 from .shipped import describe_shipped
+from .torch_engine import TorchEngine, torch_threads
 
 REPORT = "report.json"
 _MEASURE_SECONDS, _MEASURE_MOST = 0.25, 2.5e9

@@ -12,17 +12,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from ftc.graph.cached import is_cached, text_limit
 from ftc.graph.errors import UsageError
-from ftc.graph.program import Program
 
 from .decoder import Decoder
 from .engine import Engine
-from .generate import check_room, next_tokens
-from .lengths import count_tokens
-from .predict import asset, logits_output
+from .generate import next_tokens
 from .sampling import Sampling
-from .text import need_tokenizer, rows
 
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
@@ -125,18 +120,6 @@ class Saying:
                     if whole.endswith(stop[:n])), default=0)  # fmt: skip
 
 
-def tokens_of(program: Program, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of texts that are to go on.
-
-    Raises:
-        UsageError: for one that leaves no room for another token, or has none.
-    """
-    found = need_tokenizer(program)
-    for text in texts:
-        check_room(count_tokens(text, found), text_limit(program))
-    return rows(found, program.signature, texts)
-
-
 def pieces(
     decoder: Decoder, prompts: Sequence[Sequence[int]], asked: Asked, pace: Pace | None = None
 ) -> Iterator[list[str]]:
@@ -148,11 +131,8 @@ def pieces(
         asked: how they go on.
         pace: is told when tokens come.
     """
-    program = decoder.engine.program
-    found = need_tokenizer(program)
-    if not is_cached(program.signature):
-        logits_output(program)  # refuses a program without scores of the vocabulary
-    said = [Saying(found, end_tokens(program, found), asked.stops) for _ in prompts]
+    spoken = decoder.engine.spoken
+    said = [Saying(spoken.tokenizer, spoken.ends, asked.stops) for _ in prompts]
     for chosen in islice(next_tokens(decoder, prompts, asked.sampling), asked.most):
         if pace is not None:
             pace.tick(sum(not each.done for each in said))
@@ -171,13 +151,5 @@ def generate(engine: Engine, text: str, asked: Asked = Asked()) -> Iterator[str]
     Raises:
         UsageError: before the first piece, for a text that leaves no room for one.
     """
-    for (piece,) in pieces(Decoder(engine), tokens_of(engine.program, [text]), asked):
+    for (piece,) in pieces(Decoder(engine), engine.spoken.tokens_of([text]), asked):
         yield piece
-
-
-def end_tokens(program: Program, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's, and those of ``generation_config.json``."""
-    config = asset(program, "generation_config.json")
-    named: Any = config.get("eos_token_id") if isinstance(config, dict) else None
-    listed = named if isinstance(named, list) else [named]
-    return frozenset(n for n in [*listed, tokenizer.eos_token_id] if isinstance(n, int))

@@ -16,15 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ftc.graph.cached import is_cached, pad_left, start_of, text_limit
+from ftc.graph.cache_inputs import Array, pad_left
 from ftc.graph.errors import UsageError
 
 from .engine import Engine
-from .past import Ids, past_of
-from .text import pad
+from .past import past_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class _Read:
     """
 
     rows: tuple[list[int], ...] = ()
-    mask: Ids = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    mask: Array = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     past: Any = None
 
 
@@ -53,15 +50,14 @@ class Decoder:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._signature = engine.program.signature
-        self._scores = self._signature.output_names[0]
-        self._run = past_of(engine) if is_cached(self._signature) else None
-        self.limit = text_limit(engine.program)
-        self._start = start_of(engine.program)
+        self._spoken = engine.spoken
+        self._scores = self._spoken.scores
+        self._run = past_of(engine) if self._spoken.cached else None
+        self.limit = self._spoken.limit
         self._read = _Read()
-        self._seen = self._last = torch.empty(0)  # scores of the run before, and their last row
+        self._seen = self._last = np.empty(0)  # scores of the run before, and their last row
 
-    def __call__(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def __call__(self, rows: Sequence[Sequence[int]]) -> Array:
         """Scores ``[batch, vocabulary]`` of the token after each row, until the next call.
 
         Args:
@@ -73,7 +69,7 @@ class Decoder:
         """
         if self._run is None:
             return self._whole(rows)
-        rows = [[*self._start.ids, *row] for row in rows]
+        rows = [[*self._spoken.prompt, *row] for row in rows]
         length = max(map(len, rows))
         before = self._read
         if not _go_on(rows, before):
@@ -84,7 +80,7 @@ class Decoder:
             ids = np.array([row[len(old) :] for row, old in zip(rows, before.rows, strict=True)])
             mask = before.mask
         else:
-            ids, mask = (t.numpy() for t in pad_left([torch.tensor(row) for row in rows]))
+            ids, mask = pad_left(rows)
         if mask.shape[1] < length:
             mask = np.pad(mask, ((0, 0), (0, length)), constant_values=1)
         scores, past = self._run(ids, mask[:, :length], before.past)
@@ -95,18 +91,21 @@ class Decoder:
 
     def _begin(self, batch: int) -> _Read:
         """The prompt, read in every row; nothing where there is none."""
-        ids = list(self._start.ids)
+        ids = list(self._spoken.prompt)
         if not ids:
             return _Read()
         mask = np.ones((batch, len(ids)), np.int64)
-        return _Read((ids,) * batch, mask, self._start.past(batch))
+        return _Read((ids,) * batch, mask, self._spoken.past(batch))
 
-    def _whole(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def _whole(self, rows: Sequence[Sequence[int]]) -> Array:
+        from .text import pad
+
         if len({len(row) for row in rows}) > 1:
             raise UsageError(
                 "texts of different length need a cache", fix="compile with --task generate"
             )
-        return self.engine(pad(rows, self._signature, None))[self._scores][:, -1]
+        scores = self.engine(pad(rows, self.engine.program.signature, None))
+        return scores[self._scores][:, -1].float().numpy()
 
 
 def _go_on(rows: Sequence[list[int]], read: _Read) -> bool:

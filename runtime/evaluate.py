@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftc.graph.cached import is_cached, start_of, text_limit
+from ftc.graph.cached import is_cached
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.program import Program
 from ftc.graph.words import plural
@@ -151,7 +151,7 @@ def _perplexities(
 ) -> Measured:
     found = _tokenizer(engines[0])
     stream = found("\n\n".join(e.text for e in examples), add_special_tokens=False)["input_ids"]
-    bounds = (text_limit(each.program) for each in engines)
+    bounds = (each.spoken.limit for each in engines)
     size = min([length, *(bound for bound in bounds if bound is not None)])
     windows = [stream[i : i + size] for i in range(0, len(stream), size)]
     windows = [w for w in windows if len(w) > 1][:limit]
@@ -203,14 +203,14 @@ def _scored(
         logits = engine(inputs)[logits_output(engine.program)]
         yield logits[:, :-1], inputs["input_ids"][:, 1:]
         return
-    ids, run, start = torch.tensor(batch), past_of(engine), start_of(engine.program)
-    front, past = len(start.ids), start.past(len(ids)) or None
+    ids, run, spoken = torch.tensor(batch), past_of(engine), engine.spoken
+    front, past = len(spoken.prompt), spoken.past(len(ids)) or None
     given, mask = ids.numpy(), ids.new_ones(len(ids), front + ids.shape[1]).numpy()
     piece = 1 if signature.outputs[0].shape[1] == 1 else ids.shape[1] - 1
     for begin in range(0, ids.shape[1] - 1, piece):
         end = begin + piece
         scores, past = run(given[:, begin:end], mask[:, : front + end], past)
-        yield scores, ids[:, begin + 1 : end + 1]
+        yield torch.from_numpy(scores), ids[:, begin + 1 : end + 1]
 
 
 def _accuracies(

@@ -12,6 +12,7 @@ from ftc.graph.errors import UsageError
 from .decoder import Decoder
 from .engine import Engine
 from .sampling import Sampler, Sampling
+from .spoken import check_room
 
 _GREEDY = Sampling()
 
@@ -34,15 +35,6 @@ def next_tokens(
         raise UsageError("a text has no tokens", fix="write a word")
     check_room(max(map(len, rows)), decoder.limit)
     return _tokens(decoder, [list(row) for row in rows], Sampler(how))
-
-
-def check_room(length: int, limit: int | None) -> None:
-    """Raises UsageError where a text of so many tokens leaves no room for another."""
-    if limit is not None and length >= limit:
-        raise UsageError(
-            f"the text has {length:,} tokens, and the program takes {limit:,}, new ones included",
-            fix=f"give a text of fewer than {limit:,} tokens",
-        )
 
 
 def _tokens(decoder: Decoder, rows: list[list[int]], choose: Sampler) -> Iterator[list[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftc.graph.program import Program
 
-from .text import IDS
+from .tokens import count_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,3 @@ def cut_texts(program: Program, texts: Sequence[str], tokenizer: Any) -> tuple[C
         return ()
     counts = (count_tokens(text, tokenizer) for text in texts)
     return tuple(Cut(n, count, limit) for n, count in enumerate(counts, 1) if count > limit)
-
-
-def count_tokens(text: str, tokenizer: Any) -> int:
-    """How many tokens a text has, special ones included."""
-    return len(tokenizer(text)[IDS])

@@ -24,7 +24,8 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor, fx
 
 from ftc.graph import shapes
-from ftc.graph.cached import IN_PLACE, is_cached
+from ftc.graph.cache_inputs import IN_PLACE
+from ftc.graph.cached import is_cached
 from ftc.graph.errors import LoweringError
 from ftc.graph.program import Program
 from ftc.graph.provenance import describe

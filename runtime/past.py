@@ -4,35 +4,35 @@ Either what a run returns as present is handed to the next as past, or past and 
 one buffer with room for more tokens, and a run writes behind what is there: nothing is
 copied then, and a token costs what reading its past costs.
 
-Tokens and masks are arrays: after a run that read all weights nothing is in the processor's
-caches, and the first slice of a tensor takes a tenth of a millisecond, of an array a fiftieth.
+Tokens, masks and scores are arrays: after a run that read all weights nothing is in the
+processor's caches, and the first slice of a tensor takes a tenth of a millisecond, of an array
+a fiftieth. In onnxruntime the second way takes no torch at all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ftc.graph.cached import Names, present_of, states, step_inputs, token_limit
-from ftc.graph.program import Program
-from ftc.graph.signature import InputSpec
+from ftc.graph.cache_inputs import Array, Names, TokenInput, is_state, present_of, step_arrays
 
 from .engine import Engine, OnnxEngine
+from .spoken import Spoken
 
-Ids = np.ndarray[Any, np.dtype[np.int64]]
+if TYPE_CHECKING:
+    from ftc.graph.program import Program
 
 _LEAST = 64  # tokens that fit in beyond those that are there
+_LINE = 64  # bytes
 
 
 class Past(Protocol):
     """Runs a cached program, and keeps keys and values where that program finds them again."""
 
-    def __call__(self, ids: Ids, mask: Ids, past: Any) -> tuple[Tensor, Any]:
+    def __call__(self, ids: Array, mask: Array, past: Any) -> tuple[Array, Any]:
         """One step.
 
         Args:
@@ -52,7 +52,7 @@ def past_of(engine: Engine) -> Past:
     """How an engine keeps the past of its cached program."""
     if isinstance(engine, OnnxEngine):
         if engine.session.in_place:
-            return InPlace(engine.program, engine.session)
+            return InPlace(engine.spoken, engine.session)
         return HandedOn(engine.program, engine.session.run_held)
     return HandedOn(engine.program, engine)
 
@@ -68,13 +68,20 @@ class HandedOn:
     def __init__(self, program: Program, run: Callable[[Mapping[str, Any]], Mapping[str, Any]]):
         self._signature, self._run = program.signature, run
 
-    def __call__(self, ids: Ids, mask: Ids, past: Any) -> tuple[Tensor, Any]:
+    def __call__(self, ids: Array, mask: Array, past: Any) -> tuple[Array, Any]:
         """One step: see :class:`Past`."""
+        import torch
+
+        from ftc.graph.cached import states, step_inputs
+
+        held = {name: torch.tensor(value) if isinstance(value, np.ndarray) else value
+                for name, value in (past or {}).items()}  # fmt: skip
         given = torch.from_numpy(ids), torch.from_numpy(mask)
-        found = self._run(step_inputs(self._signature, *given, past or {}))
+        found = self._run(step_inputs(self._signature, *given, held))
         scores = found[self._signature.output_names[0]]
-        scores = scores if isinstance(scores, Tensor) else torch.from_numpy(scores.numpy())
-        return scores, {s.name: found[present_of(s.name)] for s in states(self._signature)}
+        if isinstance(scores, torch.Tensor) and scores.dtype == torch.bfloat16:
+            scores = scores.float()  # which arrays cannot be
+        return scores.numpy(), {s.name: found[present_of(s.name)] for s in states(self._signature)}
 
 
 class InPlace:
@@ -84,65 +91,71 @@ class InPlace:
     a text of ``n`` tokens is copied three times over in all.
 
     Args:
-        program: a cached one.
+        spoken: of a cached program.
         session: of its file, which may be written in place.
     """
 
-    def __init__(self, program: Program, session: Any) -> None:
-        self._states = states(program.signature)
-        tokens = tuple(s for s in program.signature.inputs if s not in self._states)
-        self._signature = replace(program.signature, inputs=tokens)
-        self._parts = _parts(tokens)
-        self._limit = token_limit(program.signature)
+    def __init__(self, spoken: Spoken, session: Any) -> None:
+        self._session, self._limit = session, spoken.most
+        self._inputs, self._parts = spoken.token_inputs, _parts(spoken.token_inputs)
+        self._states = [name for name in session.input_names if is_state(name)]
+        self._made = spoken.scores
         self._binding = session.binding()
-        self._buffers: dict[str, np.ndarray[Any, Any]] = {}
-        self._scores = torch.empty(0)
+        self._buffers: dict[str, Array] = {}
+        self._scores: Array = np.empty(0)
         self._batch = self._room = 0
 
-    def __call__(self, ids: Ids, mask: Ids, past: Any) -> tuple[Tensor, Any]:
+    def __call__(self, ids: Array, mask: Array, past: Any) -> tuple[Array, Any]:
         """One step: see :class:`Past`."""
         batch, total = mask.shape
         if batch != self._batch or total > self._room:
             self._make_room(batch, total, total - ids.shape[1])
         if isinstance(past, Mapping):
             for name, held in past.items():
-                self._buffers[name][:, :, : held.shape[2]] = held.numpy()
+                self._buffers[name][:, :, : held.shape[2]] = held
         self._binding.inputs(self._given(ids, mask))
-        scores = self._signature.outputs[0]
-        shape = (batch, ids.shape[1] if scores.shape[1] != 1 else 1, int(scores.shape[2]))
+        _, length, vocabulary = self._session.output_shapes[self._made]
+        shape = (batch, 1 if length == 1 else ids.shape[1], vocabulary)
         if self._scores.shape != shape:
-            self._scores = torch.empty(shape, dtype=scores.dtype)
-            self._binding.output(scores.name, self._scores.numpy())
+            self._scores = _aligned(shape, self._session.kinds[self._made])
+            self._binding.output(self._made, self._scores)
         self._binding.run()
         return self._scores, self
 
-    def _given(self, ids: Ids, mask: Ids) -> Mapping[str, np.ndarray[Any, Any]]:
-        """What :func:`~ftc.graph.cached.step_inputs` makes of these, by views where it can be."""
-        if self._parts is not None:
-            count = mask.shape[1] - ids.shape[1]
-            parts = (ids, mask[:, count:], mask[:, :count])
-            return dict(zip(self._parts, parts, strict=True))
-        given = torch.from_numpy(ids), torch.from_numpy(mask)
-        return {n: t.numpy() for n, t in step_inputs(self._signature, *given, {}).items()}
+    def _given(self, ids: Array, mask: Array) -> Mapping[str, Array]:
+        """What :func:`~ftc.graph.cache_inputs.step_arrays` makes, by views where it can be."""
+        if self._parts is None:
+            return step_arrays(self._inputs, ids, mask)
+        count = mask.shape[1] - ids.shape[1]
+        parts = (ids, mask[:, count:], mask[:, :count])
+        return dict(zip(self._parts, parts, strict=True))
 
     def _make_room(self, batch: int, total: int, kept: int) -> None:
         """Longer buffers, with ``kept`` tokens of the old ones in them."""
         room = total + max(_LEAST, total // 2)
         room = room if self._limit is None else max(total, min(room, self._limit))
-        for spec in self._states:
-            old = self._buffers.get(spec.name)
-            sizes: Any = (batch, spec.shape[1], room, spec.shape[3])
-            new = torch.empty(sizes, dtype=spec.dtype).numpy()
+        for name in self._states:
+            _, heads, _, dim = self._session.input_shapes[name]
+            old = self._buffers.get(name)
+            new = _aligned((batch, heads, room, dim), self._session.kinds[name])
             if old is not None and len(old) == batch:
                 new[:, :, :kept] = old[:, :, :kept]
-            self._binding.both(spec.name, present_of(spec.name), new)
-            self._buffers[spec.name] = new
+            self._binding.both(name, present_of(name), new)
+            self._buffers[name] = new
         self._batch, self._room = batch, room
 
 
-def _parts(tokens: Sequence[InputSpec]) -> tuple[str, str, str] | None:
+def _aligned(shape: tuple[int, ...], kind: str) -> Array:
+    """An array of unset values that begins where a line of the processor's cache does."""
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    memory = np.empty(size + _LINE, np.uint8)
+    begin = -memory.ctypes.data % _LINE
+    return memory[begin : begin + size].view(kind).reshape(shape)
+
+
+def _parts(tokens: Sequence[TokenInput]) -> tuple[str, str, str] | None:
     """Names of ids, their mask and that of the past, where a program takes these alone."""
-    if len(tokens) != 3 or any(spec.dtype != torch.int64 for spec in tokens):
+    if len(tokens) != 3 or any(spec.kind != "int64" for spec in tokens):
         return None
     masks = [spec.name for spec in tokens[1:] if spec.role == "mask" and spec.name != Names.MASK]
     past = Names.MASK in [spec.name for spec in tokens]

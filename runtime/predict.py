@@ -16,10 +16,8 @@ from their shapes, not from their names:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +27,9 @@ from ftc.graph.program import Program
 
 from .engine import Engine
 from .lengths import cut_texts
+from .spoken import asset
 from .text import encode, need_tokenizer
 
-TEXT_TASKS = ("feature-extraction", "masked-lm", "pretraining", "causal-lm",
-              "sequence-classification", "token-classification")  # fmt: skip
 _BEST = 5
 
 
@@ -50,16 +47,6 @@ class Labelled:
 
     text: str
     guesses: tuple[Guess, ...]
-
-
-def check_text_task(program: Program) -> None:
-    """Raises UsageError where text cannot be asked of the program."""
-    task = program.signature.task
-    if task not in TEXT_TASKS:
-        raise UsageError(
-            f"a program of task {task!r} does not take text",
-            fix="give tensors: --input FILE.npz or --input FILE.safetensors",
-        )
 
 
 def embed(engine: Engine, texts: Sequence[str], *, batch: int = 16) -> tuple[Tensor, str]:
@@ -120,7 +107,7 @@ def classify(engine: Engine, text: str) -> list[Labelled]:
 
 def labels(program: Program) -> dict[int, str]:
     """``id2label`` of the model's configuration; empty where there is none, or of another head."""
-    config = asset(program, "config.json")
+    config = asset(program.assets, "config.json")
     named = config.get("id2label") if isinstance(config, dict) else None
     classes = {spec.shape[-1] for spec in program.signature.outputs}
     if not isinstance(named, dict) or len(named) not in classes:
@@ -164,24 +151,8 @@ def _mask(program: Program, inputs: dict[str, Tensor], states: Tensor) -> Tensor
 
 def _pools_first_token(program: Program) -> bool:
     """Whether the model's own pooling file asks for the first token instead of the mean."""
-    pooling = asset(program, "1_Pooling/config.json")
+    pooling = asset(program.assets, "1_Pooling/config.json")
     return isinstance(pooling, dict) and bool(pooling.get("pooling_mode_cls_token"))
-
-
-def asset(program: Program, name: str) -> Any:
-    """What a JSON file of the model says; None where the program has no such file.
-
-    Raises:
-        UsageError: when it is no JSON.
-    """
-    if program.assets is None or not (program.assets / name).is_file():
-        return None
-    try:
-        return json.loads((program.assets / name).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(
-            f"{program.assets / name} is not valid JSON: {error}", fix="correct it"
-        ) from None
 
 
 def _label(text: str, logits: Tensor, names: dict[int, str]) -> Labelled:

@@ -1,5 +1,6 @@
 """onnxruntime behind tensors: a model on disk or in memory, run by name on the CPU.
 
+Torch is imported for tensors: a :class:`Binding`, which runs on arrays, does without.
 Whatever onnxruntime complains about becomes an error that names the model's own
 inputs, with the fix; onnxruntime itself prints nothing.
 """
@@ -12,31 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ftc.graph.cached import IN_PLACE
+from ftc.graph.cache_inputs import IN_PLACE, Kind
 from ftc.graph.errors import SourceError, UsageError, nearest
 
 from .mapped import without_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch import Tensor
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _FATAL_ONLY = 4  # errors are raised too
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 _KINDS = {
-    "tensor(float)": torch.float32,
-    "tensor(double)": torch.float64,
-    "tensor(float16)": torch.float16,
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
-    "tensor(int16)": torch.int16,
-    "tensor(int8)": torch.int8,
-    "tensor(uint8)": torch.uint8,
-    "tensor(bool)": torch.bool,
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    **{f"tensor({kind})": kind for kind in ("int64", "int32", "int16", "int8", "uint8", "bool")},
 }
 
 
@@ -51,7 +46,8 @@ class OnnxSession:
 
     Attributes:
         input_names, output_names: in the model's order.
-        input_shapes: sizes and names of dynamic dimensions, by input.
+        input_shapes, output_shapes: sizes and names of dynamic dimensions, by name.
+        kinds: element types of inputs and outputs by name, ``float32``; those that arrays have.
         in_place: whether past and present of a cache may be one buffer, which is memory of
             the processor.
 
@@ -71,7 +67,11 @@ class OnnxSession:
         self.input_shapes: dict[str, tuple[int | str, ...]] = {
             i.name: tuple(i.shape) for i in inputs
         }
-        self._kinds = {i.name: _KINDS.get(i.type) for i in inputs}
+        self.output_shapes: dict[str, tuple[int | str, ...]] = {
+            o.name: tuple(o.shape) for o in outputs
+        }
+        self.kinds: dict[str, str | None] = {v.name: _KINDS.get(v.type)
+                                             for v in (*inputs, *outputs)}  # fmt: skip
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.in_place: bool = IN_PLACE in metadata.items() and device == "cpu"
 
@@ -85,6 +85,8 @@ class OnnxSession:
             UsageError: for a missing or unknown name, a wrong dtype, rank or size,
                 or whatever else onnxruntime refuses when it runs.
         """
+        import torch
+
         feed = {name: self._checked(name, given) for name, given in inputs.items()}
         for name in self.input_names:
             if name not in feed:
@@ -126,6 +128,25 @@ class OnnxSession:
             raise _refused(error, arrays) from error
         return dict(zip(self.output_names, results, strict=True))
 
+    def misfit(self, inputs: Mapping[str, Kind], outputs: Mapping[str, Kind]) -> str:
+        """What the model takes or gives otherwise than it should; empty where nothing.
+
+        Args:
+            inputs, outputs: element types and sizes by name; those that are no number are free.
+        """
+        sides = (("takes other inputs", inputs, self.input_shapes),
+                 ("gives other outputs", outputs, self.output_shapes))  # fmt: skip
+        for what, wanted, found in sides:
+            if wanted.keys() != found.keys():
+                return f"{what} ({', '.join(found)})"
+            for name, (kind, sizes) in wanted.items():
+                both = zip(sizes, found[name], strict=False)
+                fixed = ((a, b) for a, b in both if isinstance(a, int) and isinstance(b, int))
+                alike = self.kinds[name] in (None, kind) and len(sizes) == len(found[name])
+                if not alike or any(a != b for a, b in fixed):
+                    return f"has another form of {name!r}"
+        return ""
+
     def binding(self) -> Binding:
         """Inputs and outputs in the caller's own memory."""
         return Binding(self._session)
@@ -145,15 +166,18 @@ class OnnxSession:
                     )
 
     def _checked(self, name: str, given: Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        if name not in self._kinds:
+        import torch
+
+        if name not in self.input_shapes:
             raise UsageError(f"unknown input {name!r}", fix=nearest(name, self.input_names))
-        tensor = given if isinstance(given, Tensor) else torch.from_numpy(np.asarray(given))
+        tensor = given if isinstance(given, torch.Tensor) else torch.from_numpy(np.asarray(given))
         shape = self.input_shapes[name]
         fits = tensor.dim() == len(shape) and all(
             not isinstance(want, int) or want == got
             for want, got in zip(shape, tensor.shape, strict=True)
         )
-        wanted = self._kinds[name]
+        kind = self.kinds[name]
+        wanted = None if kind is None else getattr(torch, kind)
         if not fits or (wanted is not None and tensor.dtype != wanted):
             raise UsageError(
                 f"input {name!r} is {tensor.dtype} of shape {list(tensor.shape)}",

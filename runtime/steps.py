@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from ftc.graph.cached import Names, is_cached, states, token_limit
+from ftc.graph.cache_inputs import Names
+from ftc.graph.cached import is_cached, states, token_limit
 from ftc.graph.errors import UsageError
 from ftc.graph.signature import Signature
 

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftc.graph.cached import is_cached, states, step_inputs
+from ftc.graph.cached import is_cached, step_inputs
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.signature import Signature
-from ftc.graph.sources.tokenizer import tokenizer
 from ftc.passes.context import Inputs
 
-IDS, TYPES = "input_ids", "token_type_ids"
+from .spoken import Spoken
+from .tokens import IDS, TYPES, made_of_text, token_rows
+
 PROBE_TOKENS = (20, 13)
 CALIBRATION = ((3, 64), *((8, 32),) * 12)
 """Rows and tokens of each entry of the calibration data. The first is for passes that want
@@ -100,10 +101,7 @@ def read_file(path: Path) -> str:
 
 def takes_text(signature: Signature) -> bool:
     """Whether a program's inputs are what a tokenizer makes, and a cache if it has one."""
-    kept = {spec.name for spec in states(signature)}
-    return IDS in signature.input_names and all(
-        spec.name in (IDS, TYPES, *kept) or spec.role == "mask" for spec in signature.inputs
-    )
+    return made_of_text((spec.name, spec.role) for spec in signature.inputs)
 
 
 def need_tokenizer(program: Program) -> Any:
@@ -112,20 +110,7 @@ def need_tokenizer(program: Program) -> Any:
     Raises:
         UsageError: when it takes no text, or came without one.
     """
-    if not takes_text(program.signature):
-        names = ", ".join(program.signature.input_names)
-        raise UsageError(
-            f"this program takes {names}, not text",
-            fix="give tensors: --input FILE.npz or --input FILE.safetensors",
-        )
-    found = tokenizer(program)
-    if found is None:
-        raise UsageError(
-            "this program came without a tokenizer",
-            fix="put tokenizer.json beside the model's config.json and compile again, "
-            "or give tensors: --input FILE.npz",
-        )
-    return found
+    return Spoken.of(program).tokenizer
 
 
 def encode(
@@ -148,27 +133,11 @@ def rows(
     """The tokens of each text, cut at ``length`` and at the program's limit.
 
     Raises:
-        UsageError: for a text without a token.
+        UsageError: for a text without a token, or one that the model does not know.
     """
     limits = [n for n in (length, signature.limits.get("sequence")) if n is not None]
-    cut = {"truncation": True, "max_length": min(limits)} if limits else {}
-    found = [list(tokenizer(text, **cut)[IDS]) for text in texts]
-    for text, row in zip(texts, found, strict=True):
-        if not row:
-            raise UsageError(f"the text {text!r} has no tokens", fix="write a word")
-    _check_tokens(found, signature)
-    return found
-
-
-def _check_tokens(tokens: Sequence[Sequence[int]], signature: Signature) -> None:
-    """Refuses tokens that the model's table has no row for."""
     known = next(spec.high for spec in signature.inputs if spec.name == IDS)
-    largest = max(map(max, tokens), default=0)
-    if largest >= known:
-        raise UsageError(
-            f"the tokenizer gives token {largest}, and the model knows the {known} from 0 on",
-            fix="the tokenizer's files belong to another model: copy those of this one",
-        )
+    return token_rows(tokenizer, texts, known=known, length=min(limits, default=None))
 
 
 def pad(tokens: Sequence[Sequence[int]], signature: Signature, tokenizer: Any) -> dict[str, Tensor]:

@@ -6,13 +6,15 @@ import functools
 from dataclasses import replace
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftc.graph.bundle import load_bundle, save_bundle
-from ftc.graph.cached import Names, run_in_pieces, token_limit
+from ftc.graph.cache_inputs import Names
+from ftc.graph.cached import run_in_pieces, token_limit
 from ftc.graph.errors import OrderError, PreconditionError, UsageError
 from ftc.graph.program import Program
 from ftc.graph.sources import capture
@@ -20,12 +22,13 @@ from ftc.passes.cache import Cache
 from ftc.passes.pipeline import Pipeline
 from ftc.runtime.compile import compile_model
 from ftc.runtime.continuation import Asked, generate
-from ftc.runtime.engine import OnnxEngine, TorchEngine, open_engine
+from ftc.runtime.engine import OnnxEngine, open_engine
 from ftc.runtime.generate import next_tokens
 from ftc.runtime.lower import lower, save_onnx
 from ftc.runtime.parity import parity
 from ftc.runtime.sampling import Sampler, Sampling
 from ftc.runtime.session import OnnxSession
+from ftc.runtime.torch_engine import TorchEngine
 from ftc.tests.families import captured, family
 from ftc.tests.small import decoder, short_decoder
 from ftc.tests.tiny import tiny
@@ -199,8 +202,12 @@ def test_no_tokenizer():
 
 
 def test_sampling():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    drawn = lambda **how: {int(Sampler(Sampling(seed=s, **how))(logits, [[0]])) for s in range(60)}  # noqa: E731
+    logits = np.array([[2.0, 1.0, 0.0, -1.0]], np.float32)
+
+    def drawn(**how: float) -> set[int]:
+        samplers = (Sampler(Sampling(seed=seed, **how)) for seed in range(60))
+        return {choose(logits, [[0]]).item() for choose in samplers}
+
     assert drawn() == {0}
     assert drawn(temperature=1, top_k=1) == {0}
     assert drawn(temperature=2, top_k=2) == {0, 1}
@@ -208,8 +215,12 @@ def test_sampling():
     assert drawn(temperature=1, top_p=0.7) == {0, 1}
     assert drawn(temperature=9) == {0, 1, 2, 3}
     assert drawn(penalty=3.0) == {1}
-    again = [[int(Sampler(Sampling(1.0, seed=4))(logits, [[]])) for _ in range(9)] for _ in "ab"]
+    again = [[Sampler(Sampling(1.0, seed=4))(logits, [[]]).item() for _ in range(9)] for _ in "ab"]
     assert again[0] == again[1]
+    choose = Sampler(Sampling(2.0))
+    counts = np.bincount([choose(logits, [[]]).item() for _ in range(8000)], minlength=4)
+    chances = np.exp(logits[0] / 2)
+    np.testing.assert_allclose(counts / counts.sum(), chances / chances.sum(), atol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftc.graph.cached import pad_left, states
+from ftc.graph.cache_inputs import pad_left
+from ftc.graph.cached import states
 from ftc.graph.program import Program
 from ftc.graph.sources import capture
 from ftc.passes.cache import Cache
 from ftc.passes.pipeline import Pipeline
-from ftc.runtime.engine import OnnxEngine, TorchEngine
+from ftc.runtime.engine import OnnxEngine
 from ftc.runtime.evaluate import negative_log_likelihood
 from ftc.runtime.lower import lower, save_onnx
 from ftc.runtime.past import HandedOn, InPlace, past_of
 from ftc.runtime.session import OnnxSession
+from ftc.runtime.spoken import Spoken
+from ftc.runtime.torch_engine import TorchEngine
 from ftc.tests.families import Family, captured, family
 
 FAMILIES = ["llama", "qwen3", "gpt2", "falcon-grouped", "falcon-alibi", "phi"]
@@ -39,7 +42,12 @@ def rows_of(*lengths: int) -> list[torch.Tensor]:
 
 
 def padded(rows):
-    return [tensor.numpy() for tensor in pad_left(rows)]
+    return pad_left([row.tolist() for row in rows])
+
+
+def in_place(name: str) -> InPlace:
+    program, session = cached(name)
+    return InPlace(Spoken.of(program), session)
 
 
 def in_pieces(past, rows, pieces):
@@ -49,7 +57,7 @@ def in_pieces(past, rows, pieces):
     for piece in pieces:
         end = start + piece
         scores, kept = past(ids[:, start:end], mask[:, :end], kept)
-        found.append(scores[torch.from_numpy(mask[:, end - 1] == 1)].clone())
+        found.append(scores[mask[:, end - 1] == 1].copy())
         start = end
     return found
 
@@ -74,7 +82,7 @@ def test_in_buffers_or_handed_on_it_is_the_graph(name, data):
     with torch.no_grad():
         wanted = in_pieces(past_of(TorchEngine(program)), rows, pieces)
     handed = in_pieces(HandedOn(program, session.run_held), rows, pieces)
-    buffers = in_pieces(small(InPlace(program, session)), rows, pieces)
+    buffers = in_pieces(small(in_place(name)), rows, pieces)
     torch.testing.assert_close(handed, wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(buffers, wanted, atol=1e-4, rtol=1e-4)
 
@@ -124,7 +132,7 @@ def test_products_of_one_input_are_one_where_attention_takes_it(passes):
     rows, session = rows_of(9, 5), OnnxSession(model)
     with torch.no_grad():
         wanted = in_pieces(past_of(TorchEngine(program)), rows, [6, 1, 2])
-    got = in_pieces(small(InPlace(program, session)), rows, [6, 1, 2])
+    got = in_pieces(small(InPlace(Spoken.of(program), session)), rows, [6, 1, 2])
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -143,8 +151,7 @@ def test_one_product_that_is_split_is_not_split():
 
 
 def test_nothing_is_copied_between_tokens():
-    program, session = cached("llama")
-    past = InPlace(program, session)
+    past = in_place("llama")
     ids, mask = padded(rows_of(5))
     past(ids, mask, None)
     buffers = {name: array.ctypes.data for name, array in past._buffers.items()}
@@ -155,18 +162,16 @@ def test_nothing_is_copied_between_tokens():
 
 
 def test_room_ends_where_positions_end():
-    program, session = cached("gpt2")
-    past = InPlace(program, session)
+    past = in_place("gpt2")
     ids, mask = padded(rows_of(50))
     past(ids, mask, None)
     assert past._room == 64
     again = past(ids[:, :3], mask[:, :3], None)[0]  # shorter texts take the buffers as they are
-    torch.testing.assert_close(again, InPlace(program, session)(ids[:, :3], mask[:, :3], None)[0])
+    torch.testing.assert_close(again, in_place("gpt2")(ids[:, :3], mask[:, :3], None)[0])
 
 
 def test_a_step_that_fails_leaves_the_past(monkeypatch):
-    program, session = cached("llama")
-    past, other = InPlace(program, session), InPlace(program, session)
+    past, other = in_place("llama"), in_place("llama")
     (row,) = rows_of(9)
     ids, mask = row[None].numpy(), np.ones((1, 9), np.int64)
     for each in (past, other):

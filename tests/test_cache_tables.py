@@ -12,9 +12,10 @@ from ftc.graph.errors import PreconditionError
 from ftc.graph.sources import capture
 from ftc.passes.cache import Cache
 from ftc.passes.pipeline import Pipeline
-from ftc.runtime.engine import OnnxEngine, TorchEngine
+from ftc.runtime.engine import OnnxEngine
 from ftc.runtime.generate import next_tokens
 from ftc.runtime.lower import lower, save_onnx
+from ftc.runtime.torch_engine import TorchEngine
 from ftc.tests.families import Family, captured
 
 _NEO = Family("gpt-neo", "GPTNeoForCausalLM", "causal-lm", {

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from ftc.graph.cached import Names
+from ftc.graph.cache_inputs import Names
 from ftc.graph.errors import UsageError
 from ftc.passes.pipeline import Pipeline
 from ftc.runtime.bench import bench, usual_shapes
 from ftc.runtime.compile import compile_model
-from ftc.runtime.engine import TorchEngine, open_engine
+from ftc.runtime.engine import open_engine
 from ftc.runtime.steps import parse_step, steps, token_types, usual_steps
+from ftc.runtime.torch_engine import TorchEngine
 from ftc.tests.families import captured
 from ftc.tests.small import decoder
 
@@ -40,7 +41,9 @@ def test_a_step_reads_what_is_new_and_says_what_the_whole_text_says(
         wanted: Any = all_of_it()
         for _ in range(2):  # a round must not move the past of the next
             scores: Any = step()
-            torch.testing.assert_close(scores[0], wanted["logits"][:, -1:], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                torch.from_numpy(scores[0]), wanted["logits"][:, -1:], atol=1e-4, rtol=1e-4
+            )
 
 
 def test_sizes_of_a_step_are_within_what_is_read() -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 
 from ftc.graph.errors import BundleError
-from ftc.graph.signature import Dim, InputSpec, OutputSpec, Role, Signature
+from ftc.graph.signature import Dim, InputSpec, OutputSpec, Role, Signature, dtype_name
 
 from .allowed import LIMIT
 
@@ -22,7 +22,7 @@ def encode_signature(signature: Signature) -> dict[str, Any]:
     """The signature as JSON values."""
 
     def spec(given: InputSpec | OutputSpec) -> dict[str, Any]:
-        return {**asdict(given), "dtype": str(given.dtype).removeprefix("torch.")}
+        return {**asdict(given), "dtype": dtype_name(given.dtype)}
 
     return {
         "task": signature.task,

@@ -25,7 +25,8 @@ from ftc.graph.bundle.tensor_file import aligned
 from ftc.graph.errors import SourceError
 
 from .gguf_header import VOCABULARY, Header, read_header
-from .huggingface import Loaded, build, choose_task, quiet
+from .huggingface import Loaded, build, choose_task
+from .quiet import quiet
 from .tasks import model_class, supports
 
 _CACHED = 1 << 18  # elements that are dequantized at a time

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,9 @@ from ftc.graph.bundle.tensor_file import aligned
 from ftc.graph.errors import SourceError, UsageError, nearest
 from ftc.graph.words import listed
 
+from .quiet import first_line, quiet
 from .safety import load_torch, weight_files
 from .tasks import FEATURES, auto_class, default_task, model_class, supports
-
-_LONGEST = 240
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,30 +263,3 @@ def check_missing(loaded: Loaded, read: frozenset[str], where: str) -> None:
             if loaded.task != FEATURES
             else "the weights belong to another model",
         )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars, warnings or log lines of transformers within."""
-    from transformers.utils import logging as _logging
-
-    logging: Any = _logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(50)  # CRITICAL
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """An error of a library in one line: its message without line breaks, cut where it is long."""
-    text = " ".join(str(error).split())
-    if isinstance(error, KeyError) or not text:
-        return f"{type(error).__name__} {text}".strip()
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

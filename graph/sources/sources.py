@@ -262,7 +262,7 @@ def _download(name: str) -> Path:
     """Fetches those files of a hub repository that are data, into the cache of the hub."""
     from huggingface_hub import snapshot_download
 
-    from .huggingface import quiet
+    from .quiet import quiet
     from .tokenizer import ASSETS
 
     wanted = [*ASSETS, "*.safetensors", "*.safetensors.index.json"]

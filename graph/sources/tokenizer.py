@@ -11,13 +11,15 @@ import functools
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftc.graph.errors import SourceError
-from ftc.graph.program import Program
 
 from .gguf_header import VOCABULARY, read_header
-from .huggingface import first_line, quiet
+from .quiet import first_line, quiet
+
+if TYPE_CHECKING:
+    from ftc.graph.program import Program
 
 ASSETS = (
     "config.json",
@@ -59,8 +61,13 @@ _TOKENIZER_FILES = (
 )
 
 
-def tokenizer(source: Program | Path | None) -> Any:
+def tokenizer(source: Program | Path | None, kind: str | None = None) -> Any:
     """The tokenizer of a program, a model folder, a bundle or a GGUF file; None when it has none.
+
+    Args:
+        source: what has it.
+        kind: the class of transformers that reads a folder's files, where it is known: without
+            it transformers finds out, and imports torch for that.
 
     Returns:
         A tokenizer of transformers.
@@ -68,22 +75,29 @@ def tokenizer(source: Program | Path | None) -> Any:
     Raises:
         SourceError: naming the file, when it is there and cannot be read.
     """
-    place = source.assets if isinstance(source, Program) else source
+    place = source if source is None or isinstance(source, Path) else source.assets
     if place is None:
         return None
     if place.is_file():
         return _from_gguf(place, place.stat().st_mtime_ns)
     if not any((place / name).is_file() for name in _VOCABULARIES):
         return None
-    from transformers import AutoTokenizer
-
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(
+            return _class(kind).from_pretrained(
                 place, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:
         raise _damaged(place, error) from error
+
+
+def _class(kind: str | None) -> Any:
+    """The class called ``kind``, where that is a tokenizer's, else what finds out which."""
+    import transformers
+
+    found = getattr(transformers, kind, None) if kind else None
+    tells = isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)
+    return found if tells else transformers.AutoTokenizer
 
 
 def _damaged(folder: Path, error: Exception) -> SourceError:
@@ -152,3 +166,12 @@ def copy_assets(source: Path | None, folder: Path) -> tuple[str, ...]:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
     return ()
+
+
+def tokenizer_class(folder: Path) -> str | None:
+    """The class of transformers that reads the tokenizer in ``folder``; None where none does."""
+    try:
+        found = tokenizer(folder)
+    except SourceError:
+        return None
+    return None if found is None else type(found).__name__

@@ -36,7 +36,8 @@ def eval(
 ) -> None:
     """Measure a compiled program on data, alone or against another."""
     from ftc.runtime import evaluate, render
-    from ftc.runtime.engine import open_engine, set_threads
+    from ftc.runtime.engine import open_engine
+    from ftc.runtime.threads import set_threads
 
     evaluate.check_call(metric, against is not None)
     set_threads(threads)

@@ -68,8 +68,9 @@ def run(
     """Ask a compiled program: an embedding, a filled gap, a continuation, a label."""
     from ftc.runtime import answer
     from ftc.runtime.continuation import Asked
-    from ftc.runtime.engine import open_engine, set_threads
+    from ftc.runtime.engine import open_engine
     from ftc.runtime.sampling import Sampling
+    from ftc.runtime.threads import set_threads
 
     if (tensors is not None and (texts or chat)) or (tensors is None and not (texts or chat)):
         raise UsageError("give texts or tensors", fix='--text "..." or --input FILE.npz')

@@ -16,6 +16,8 @@ from typing import IO, TYPE_CHECKING
 
 import onnx_ir as ir
 
+from ftc.runtime.protobuf import varint
+
 if TYPE_CHECKING:
     import onnx
 
@@ -104,13 +106,3 @@ def _tensor_size(header: bytes, nbytes: int) -> int:
 def _field_size(length: int) -> int:
     """A one-byte tag, the length, the contents."""
     return 1 + len(varint(length)) + length
-
-
-def varint(number: int) -> bytes:
-    """Protobuf's integers: seven bits a byte, the lowest first, a high bit for "more"."""
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    out.append(number)
-    return bytes(out)

@@ -27,7 +27,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir import Value
 
-from ftc.graph.cached import Names, present_of, states
+from ftc.graph.cache_inputs import Names, present_of
+from ftc.graph.cached import states
 from ftc.graph.signature import Signature
 
 from .emitter import Emitter

@@ -22,7 +22,7 @@ from ftc.graph import shapes
 from ftc.graph.errors import UsageError
 from ftc.graph.fold import Folded, fold
 from ftc.graph.program import Program
-from ftc.runtime.engine import torch_device
+from ftc.runtime.torch_engine import torch_device
 
 from .modules import in_mode, move, running_buffers, trainable
 from .norm import scale_to

@@ -23,8 +23,8 @@ from ftc.graph.program import Program
 from ftc.passes.pipeline import Pipeline
 from ftc.runtime.compiled import compile_errors
 from ftc.runtime.console import count, duration
-from ftc.runtime.engine import set_threads
 from ftc.runtime.memory import peak_memory, release
+from ftc.runtime.threads import set_threads
 
 from .checkpoint import has_checkpoint
 from .config import TrainConfig

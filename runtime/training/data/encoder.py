@@ -16,7 +16,8 @@ from torch import Tensor
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.signature import Signature
-from ftc.runtime.text import IDS, TYPES, need_tokenizer
+from ftc.runtime.text import need_tokenizer
+from ftc.runtime.tokens import IDS, TYPES
 
 _USUAL_LENGTH = 128
 IGNORED = -100

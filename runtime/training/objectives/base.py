@@ -23,8 +23,8 @@ from ftc.graph.program import Program
 from ftc.graph.signature import Signature
 from ftc.graph.sources.tasks import FEATURES, endings, tasks_of
 from ftc.passes.text import format_pass
-from ftc.runtime.predict import asset
-from ftc.runtime.text import IDS
+from ftc.runtime.spoken import asset
+from ftc.runtime.tokens import IDS
 from ftc.runtime.training.data.encoder import Encoder
 from ftc.runtime.training.data.rows import Row
 from ftc.runtime.training.data.table import Table, Values
@@ -189,7 +189,7 @@ def recapture(program: Program, *tasks: str) -> str:
 
     A head that the model was not trained with cannot be captured.
     """
-    config = asset(program, "config.json")
+    config = asset(program.assets, "config.json")
     trained = tasks_of(config.get("architectures")) if isinstance(config, dict) else frozenset()
     if program.assets is not None and program.assets.is_file():  # a GGUF file has no other
         trained = frozenset({"causal-lm"})
