@@ -101,7 +101,7 @@ def nearest(word: str, known: Iterable[str], *, count: int = 3) -> str:
     'did you mean lowrank?'
     """
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(word, names, n=count, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
     if len(names) > _LISTED:

@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
+from ftc.graph.cache_inputs import Names, present_of
+from ftc.graph.cached import is_cached, states, step_inputs
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.signature import Signature
@@ -106,9 +108,27 @@ def random_probes(program: Program, seed: int = 0) -> tuple[Inputs, ...]:
     probes = []
     for index, sizes in enumerate(_PROBE_SIZES):
         wanted = dict(zip(signature.dims, sizes, strict=False))
-        legal = {d: min(n, signature.limits.get(d, n)) for d, n in wanted.items()}
-        probes.append(signature.probe(seed=seed + index, **legal))
+        probes.append(random_probe(program, wanted, seed + index))
     return tuple(probes)
+
+
+def random_probe(program: Program, sizes: Mapping[str, int], seed: int) -> Inputs:
+    """Random inputs of these sizes, or less where ``program`` takes less.
+
+    Keys and values of earlier tokens are what it makes of random tokens: numbers that no token
+    has are no inputs that it gets, and rounding is another on them.
+    """
+    signature = program.signature
+    legal = {d: min(n, signature.limits.get(d, n)) for d, n in sizes.items()}
+    probe = signature.probe(seed=seed, **legal)
+    if not is_cached(signature) or not probe[Names.MASK].shape[1]:
+        return probe
+    tokens, mask = signature.inputs[0], probe[Names.MASK]
+    generator = torch.Generator().manual_seed(seed + 1)
+    ids = torch.randint(tokens.low, tokens.high, mask.shape, generator=generator)
+    earlier = run_probe(program, step_inputs(signature, ids, mask.long(), {}))
+    made = {spec.name: earlier[present_of(spec.name)] for spec in states(signature)}
+    return {**probe, **made}
 
 
 def random_rows(program: Program, seed: int = 0) -> tuple[Inputs, ...]:
@@ -121,8 +141,7 @@ def random_rows(program: Program, seed: int = 0) -> tuple[Inputs, ...]:
     fixed = sum(math.prod(d for d in i.shape if isinstance(d, int)) for i in signature.inputs)
     most = max(_FEW, min(_ROWS, _ELEMENTS // max(fixed, 1)))
     wanted = dict(zip(names, (most,) if len(names) == 1 else (8, 32), strict=False))
-    legal = {d: min(n, signature.limits.get(d, n)) for d, n in wanted.items()}
-    return tuple(signature.probe(seed=seed + 1000 + index, **legal) for index in range(2))
+    return tuple(random_probe(program, wanted, seed + 1000 + index) for index in range(2))
 
 
 def cut_to_limits(inputs: Inputs, signature: Signature) -> Inputs:

@@ -33,6 +33,7 @@ from ftc.graph.program import Program
 from ftc.graph.provenance import describe, provenance
 from ftc.graph.rewriter import Rewriter
 from ftc.graph.sequence import Sequence, find_sequence, inputs, token_inputs
+from ftc.graph.unfold import unfold_heads
 from ftc.graph.words import plural
 
 from .base import Context, Effect, Pass
@@ -221,6 +222,7 @@ def _drift_behind_entries(program: Program, start: Start) -> float:
 
 
 def _sequence(rw: Rewriter) -> Sequence:
+    unfold_heads(rw)
     found = find_sequence(rw)
     if found is None:
         raise PreconditionError(

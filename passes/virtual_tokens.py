@@ -28,6 +28,7 @@ from ftc.graph.shapes import value
 from ftc.graph.sources.tokenizer import tokenizer
 from ftc.graph.states import States, find_states
 from ftc.graph.structure.flow import Flow, RawCore
+from ftc.graph.unfold import unfold_heads
 from ftc.graph.widen import Widened, reserve, widen_inputs
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Attentions:
 
     def __init__(self, rw: Rewriter) -> None:
         self._rw = rw
+        unfold_heads(rw)
         self.sequence = find_sequence(rw)
         self._flow = Flow(rw.program)
         if not self._flow.cores:

@@ -14,7 +14,7 @@ from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.sources.tokenizer import tokenizer
 from ftc.graph.target import Target
-from ftc.passes.context import Context, Inputs, random_probes
+from ftc.passes.context import Context, random_probe, random_probes
 
 from .shape_ranges import parse_ranges
 from .tensors import KINDS, read_tensors
@@ -52,7 +52,8 @@ def make_context(
     """
     fixed: dict[str, Any] = {"target": target, "shapes": parse_ranges(shapes, program.signature),
                              "max_drift": max_drift, "seed": seed}  # fmt: skip
-    other = _random_probe(program, seed)
+    sizes = dict(zip(program.signature.dims, _RANDOM_SIZES, strict=False))
+    other = random_probe(program, sizes, seed)
     if calib is not None and Path(calib).suffix in KINDS:
         given = read_tensors(Path(calib), program.signature)
         return Context(
@@ -80,10 +81,3 @@ def make_context(
         calibration=calibration(program, text, found),
         **fixed,
     )
-
-
-def _random_probe(program: Program, seed: int) -> Inputs:
-    """Random inputs of sizes that the text does not have."""
-    signature = program.signature
-    wanted = zip(signature.dims, _RANDOM_SIZES, strict=False)
-    return signature.probe(seed=seed, **{d: min(n, signature.limits.get(d, n)) for d, n in wanted})

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftc.graph.bundle import load_bundle, save_bundle
-from ftc.graph.cache_inputs import Names
-from ftc.graph.cached import run_in_pieces, token_limit
+from ftc.graph.cache_inputs import Names, present_of
+from ftc.graph.cached import run_in_pieces, states, step_inputs, token_limit
 from ftc.graph.errors import OrderError, PreconditionError, UsageError
 from ftc.graph.program import Program
 from ftc.graph.sources import capture
 from ftc.passes.cache import Cache
+from ftc.passes.context import random_probe
 from ftc.passes.pipeline import Pipeline
 from ftc.runtime.compile import compile_model
 from ftc.runtime.continuation import Asked, generate
@@ -34,7 +35,7 @@ from ftc.tests.small import decoder, short_decoder
 from ftc.tests.tiny import tiny
 
 FAMILIES = ["gpt2", "opt", "llama", "qwen2", "qwen3", "gemma2", "olmo2", "phi", "gpt-neox",
-            "falcon", "falcon-grouped", "falcon-alibi", "mixtral"]  # fmt: skip
+            "falcon", "falcon-grouped", "falcon-alibi", "mixtral", "bloom"]  # fmt: skip
 
 
 @functools.cache
@@ -243,3 +244,18 @@ def test_senseless_sampling_is_refused(wrong):
 def test_what_is_drawn_from_needs_a_temperature(given):
     with pytest.raises(UsageError, match="nothing is drawn"):
         Sampling(**given)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_probes_go_on_from_tokens(name):
+    """Keys of a text's first token are those of some token, alone."""
+    program = cached(name)
+    probe = random_probe(program, {"batch": 3, "sequence": 2, "past": 4}, seed=5)
+    tokens = program.signature.inputs[0]
+    ids = torch.arange(tokens.low, tokens.high)[:, None]
+    alone = program(step_inputs(program.signature, ids, torch.ones_like(ids), {}))
+    for kept in states(program.signature):
+        assert probe[kept.name].shape[2] == 4
+        each = alone[present_of(kept.name)][:, :, 0].flatten(1)
+        apart = (probe[kept.name][:, None, :, 0].flatten(2) - each).norm(dim=-1)
+        assert apart.amin(1).max() < 1e-5

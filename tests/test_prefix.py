@@ -25,7 +25,7 @@ from ftc.runtime.session import OnnxSession
 from ftc.tests.text_models import TEXT, assert_same, text_ids, text_model, with_text
 from ftc.tests.tiny import custom, tiny
 
-CAUSAL = ["gpt2", "opt", "llama", "qwen2", "phi"]
+CAUSAL = ["gpt2", "opt", "llama", "qwen2", "phi", "bloom"]
 TOKENS = 4
 
 

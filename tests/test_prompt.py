@@ -25,7 +25,7 @@ from ftc.runtime.session import OnnxSession
 from ftc.tests.text_models import TEXT, assert_same, text_ids, text_model, with_text
 from ftc.tests.tiny import custom, tiny
 
-CAUSAL = ["gpt2", "opt", "llama", "mistral"]
+CAUSAL = ["gpt2", "opt", "llama", "mistral", "bloom"]
 BOTH_WAYS = ["bert-pretraining", "roberta", "xlnet", "t5"]
 HARD, SOFT = Prompt(text=TEXT), Prompt(init="text", text=TEXT)
 FOLDED = Prompt(text=TEXT, fold=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ftc.graph.capture import capture_module
 from ftc.graph.program import Program
+from ftc.passes.pipeline import Pipeline
 
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS = 50, 16, 24, 2, 2
 
@@ -199,3 +200,11 @@ def tiny(name: str) -> Program:
 def custom(model: nn.Module, **inputs: Any) -> Program:
     """A model of the caller's own, with a dynamic batch."""
     return _capture(model, **inputs)
+
+
+def canonical(name: str) -> Program:
+    return Pipeline.parse("canonicalize").run(tiny(name)).program
+
+
+def data(program: Program, runs: int = 3) -> tuple[dict[str, torch.Tensor], ...]:
+    return tuple(program.signature.probe(seed=50 + run, batch=8) for run in range(runs))

@@ -7,9 +7,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from ftc.graph.bundle import save_bundle
+from ftc.graph.sources import capture
 from ftc.runtime.training.config import TrainConfig
 
-from .small import WORDS
+from .small import WORDS, decoder, encoder
 
 PLACES = [w for w in WORDS if w.isalpha() and w not in ("good", "bad")]
 
@@ -48,3 +52,29 @@ def config(program: Path, data: Path, objective: str, out: Path, **more: Any) ->
         {"program": str(program), "data": str(data), "objective": objective, "out": str(out),
          **values}
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundles of small models, one for each kind of head, and data."""
+    path = tmp_path_factory.mktemp("train")
+    for name, head, options in (
+        ("mlm", "BertForMaskedLM", {}),
+        ("pair", "BertForPreTraining", {}),
+        ("cls", "BertForSequenceClassification", {"num_labels": 2}),
+        ("number", "BertForSequenceClassification", {"num_labels": 1}),
+        ("words", "BertForTokenClassification", {"num_labels": 2}),
+    ):
+        save_bundle(capture(encoder(path / "source" / name, head, **options)), path / name)
+    save_bundle(capture(decoder(path / "source/causal")), path / "causal")
+    sentences(path / "s.jsonl")
+    prose(path / "p.txt")
+    rows = [{"words": ["the", "cat", "runs"], "labels": ["O", "N", "O"]}] * 8
+    (path / "w.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Data is encoded anew in each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

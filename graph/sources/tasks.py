@@ -42,7 +42,10 @@ def check_task(task: str | None) -> None:
         UsageError: with the nearest known task.
     """
     if task is not None and task not in TASKS:
-        raise UsageError(f"unknown task {task!r}", fix=nearest(task, TASKS))
+        made = "what `ftc compile --task generate` makes is a bundle, which knows its task itself"
+        raise UsageError(
+            f"unknown task {task!r}", fix=made if task == "generate" else nearest(task, TASKS)
+        )
 
 
 def default_task(config: Any) -> tuple[str, str | None]:
