@@ -130,7 +130,12 @@ def _continue(engine: Engine, texts: tuple[str, ...], asked: Asked, write: Write
         else:
             said = [_stream(engine, text, ids, asked, pace, write)
                     for text, ids in zip(texts, prompts, strict=True)]  # fmt: skip
-    return Answer(engine.label, spoken.task, texts, continuations=tuple(said), pace=pace)
+    notes = () if pace.full is None else (
+        f"there are {pace.full:,} tokens, and the model takes no more: here the "
+        f"{'text ends' if len(texts) == 1 else 'longest text ends, and the others with it'}",
+    )  # fmt: skip
+    return Answer(engine.label, spoken.task, texts, continuations=tuple(said), pace=pace,
+                  notes=notes)  # fmt: skip
 
 
 def _stream(

@@ -61,7 +61,7 @@ class Chat:
         ids = self._tokenizer(prompt, add_special_tokens=False)[IDS]
         said: list[str] = []
         try:
-            for (piece,) in pieces(self._decoder, [ids], self._asked, pace):
+            for (piece,) in pieces(self._decoder, [ids], self._asked, pace, apart=True):
                 said.append(piece)
                 yield piece
         finally:

@@ -35,7 +35,15 @@ def _console(stream: Any) -> Console:
     asked = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
     width = None if asked else _PIPE_WIDTH  # None: rich asks the terminal, or COLUMNS
     file: Any = _Trimmed(stream)
-    return Console(file=file, width=width, highlight=False, soft_wrap=False)
+    return _Console(file=file, width=width, highlight=False, soft_wrap=False)
+
+
+class _Console(Console):
+    """A console that says where nobody reads it any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Not rich's own answer, which is to end with the status of a failure."""
+        raise BrokenPipeError
 
 
 class _Trimmed:

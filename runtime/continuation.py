@@ -20,6 +20,7 @@ from .generate import next_tokens
 from .sampling import Sampling
 
 _HALF = "\N{REPLACEMENT CHARACTER}"
+_CONTEXT = 8  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,14 @@ class Asked:
 
 
 class Pace:
-    """How fast tokens came: those of all rows of a batch count."""
+    """How fast tokens came: those of all rows of a batch count.
+
+    Attributes:
+        full: how many tokens were read where there was no room for more, or None.
+    """
 
     def __init__(self) -> None:
+        self.full: int | None = None
         self._start = time.perf_counter()
         self._ticks: list[float] = []
         self._tokens = 0
@@ -79,14 +85,21 @@ class Saying:
         tokenizer: of transformers.
         ends: tokens that end a text.
         stops: strings before which it ends.
+        before: the tokens that it goes on from. Some tokenizers begin a text without the space
+            of its first word; behind other words the space is there.
 
     Attributes:
         text: what can be shown so far.
         done: whether it has ended.
     """
 
-    def __init__(self, tokenizer: Any, ends: frozenset[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Any, ends: frozenset[int], stops: Sequence[str],
+        before: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         self._tokenizer, self._ends, self._stops = tokenizer, ends, tuple(stops)
+        self._before = list(before[-_CONTEXT:])
+        self._front = self._decoded(self._before) if self._before else ""
         self._ids: list[int] = []
         self.text, self.done = "", False
 
@@ -95,7 +108,7 @@ class Saying:
         if token in self._ends:
             return self.end()
         self._ids.append(token)
-        whole = self._tokenizer.decode(self._ids)
+        whole = self._whole()
         places = [place for stop in self._stops if (place := whole.find(stop)) >= 0]
         if places:
             self.done = True
@@ -107,7 +120,19 @@ class Saying:
     def end(self) -> str:
         """What was waiting: nothing more comes."""
         self.done = True
-        return self._show(self._tokenizer.decode(self._ids).rstrip(_HALF)) if self._ids else ""
+        return self._show(self._whole().rstrip(_HALF)) if self._ids else ""
+
+    def _whole(self) -> str:
+        """The text of all tokens so far."""
+        if self._front and not self._front.endswith(_HALF):
+            joined = self._decoded([*self._before, *self._ids])
+            if joined.startswith(self._front):
+                return joined[len(self._front) :]
+        return self._decoded(self._ids)
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
 
     def _show(self, text: str) -> str:
         piece = text[len(self.text) :]
@@ -121,8 +146,9 @@ class Saying:
 
 
 def pieces(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], asked: Asked, pace: Pace | None = None
-) -> Iterator[list[str]]:
+    decoder: Decoder, prompts: Sequence[Sequence[int]], asked: Asked, pace: Pace | None = None,
+    *, apart: bool = False,
+) -> Iterator[list[str]]:  # fmt: skip
     """What is new of each text, again and again until all have ended.
 
     Args:
@@ -130,16 +156,24 @@ def pieces(
         prompts: the tokens of each text.
         asked: how they go on.
         pace: is told when tokens come.
+        apart: what is said is a text of its own, an answer, and does not go on in the prompt's.
     """
     spoken = decoder.engine.spoken
-    said = [Saying(spoken.tokenizer, spoken.ends, asked.stops) for _ in prompts]
-    for chosen in islice(next_tokens(decoder, prompts, asked.sampling), asked.most):
+    ends = spoken.ends | spoken.special(asked.stops)
+    said = [Saying(spoken.tokenizer, ends, asked.stops, () if apart else ids) for ids in prompts]
+    longest = max(map(len, prompts))
+    room = asked.most if spoken.made_for is None else spoken.made_for - longest + 1
+    steps = 0
+    for chosen in islice(next_tokens(decoder, prompts, asked.sampling), min(asked.most, room)):
+        steps += 1
         if pace is not None:
             pace.tick(sum(not each.done for each in said))
         yield ["" if each.done else each.add(token)
                for each, token in zip(said, chosen, strict=True)]  # fmt: skip
         if all(each.done for each in said):
             return
+    if pace is not None and steps < asked.most:
+        pace.full = longest + steps - 1
     yield ["" if each.done else each.end() for each in said]
 
 

@@ -34,6 +34,7 @@ METRICS = ("perplexity", "accuracy", "cosine")
 WINDOW = 128
 _TASKS = {"perplexity": "causal-lm", "accuracy": "sequence-classification",
           "cosine": "feature-extraction"}  # fmt: skip
+_MEASURED = "ftc train PROGRAM --steps 0 --data FILE --objective {} measures it"
 _BATCH = {"perplexity": 4, "accuracy": 16}
 
 
@@ -115,11 +116,12 @@ def check_call(metric: str, against: bool) -> None:
 def _check_task(program: Program, metric: str) -> None:
     task = program.signature.task
     if task != _TASKS[metric]:
-        fitting = next((m for m, t in _TASKS.items() if t == task), None)
-        raise UsageError(
-            f"{metric} is for {_TASKS[metric]}, and this program is for {task}",
-            fix=f"--metric {fitting}" if fitting else "evaluate it in Python",
-        )
+        fitting = next((f"--metric {m}" for m, t in _TASKS.items() if t == task), None)
+        raise UsageError(f"{metric} is for {_TASKS[metric]}, and this program is for {task}",
+                         fix=fitting or _MEASURED.format(task))  # fmt: skip
+    if metric == "accuracy" and program.signature.outputs[0].shape[-1] == 1:
+        raise UsageError("this program gives one number for a text, not a label",
+                         fix=_MEASURED.format("regression"))  # fmt: skip
 
 
 Measured = tuple[list[float], dict[str, float | int], str]

@@ -53,6 +53,8 @@ def run_command(group: click.Group, arguments: Sequence[str]) -> int:
         The exit status.
     """
     debug = "--debug" in arguments
+    if sys.stdout is None:  # closed by who called
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     _set(_ENVIRONMENT)
     _return_freed_memory()
     # What imports make stays, and by default it is looked at again every 700 objects.
@@ -71,10 +73,21 @@ def run_command(group: click.Group, arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except Exception as error:
+        if _was_interrupted(error):
+            return INTERRUPTED
         if debug:
             raise
         return _failed(error, as_json="--json" in arguments)
     return 0
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an interrupt came where a library made another error of it: within an import."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _failed(error: Exception, *, as_json: bool) -> int:

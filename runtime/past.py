@@ -6,24 +6,31 @@ copied then, and a token costs what reading its past costs.
 
 Tokens, masks and scores are arrays: after a run that read all weights nothing is in the
 processor's caches, and the first slice of a tensor takes a tenth of a millisecond, of an array
-a fiftieth. In onnxruntime the second way takes no torch at all.
+a fiftieth. In onnxruntime neither way takes torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from ftc.graph.cache_inputs import Array, Names, TokenInput, is_state, present_of, step_arrays
+from ftc.graph.cache_inputs import (
+    Array,
+    Kind,
+    Names,
+    TokenInput,
+    is_state,
+    present_of,
+    step_arrays,
+)
 
 from .engine import Engine, OnnxEngine
 from .spoken import Spoken
 
-if TYPE_CHECKING:
-    from ftc.graph.program import Program
+Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 _LEAST = 64  # tokens that fit in beyond those that are there
 _LINE = 64  # bytes
@@ -53,35 +60,58 @@ def past_of(engine: Engine) -> Past:
     if isinstance(engine, OnnxEngine):
         if engine.session.in_place:
             return InPlace(engine.spoken, engine.session)
-        return HandedOn(engine.program, engine.session.run_held)
-    return HandedOn(engine.program, engine)
+        return HandedOn(engine.spoken, engine.session.run_held)
+    return HandedOn(engine.spoken, _with_tensors(engine))
+
+
+def _with_tensors(engine: Engine) -> Run:
+    """An engine that takes arrays too."""
+    import torch
+
+    types = engine.program.signature.input_types
+
+    def run(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        tensors = {name: torch.tensor(value).to(types[name]) if isinstance(value, np.ndarray)
+                   else value for name, value in given.items()}  # fmt: skip
+        return engine(tensors)
+
+    return run
 
 
 class HandedOn:
     """What one run returns is what the next is given.
 
     Args:
-        program: a cached one.
-        run: outputs by name, of inputs by name.
+        spoken: of a cached program.
+        run: outputs by name, of inputs by name: arrays, or what an earlier run returned.
     """
 
-    def __init__(self, program: Program, run: Callable[[Mapping[str, Any]], Mapping[str, Any]]):
-        self._signature, self._run = program.signature, run
+    def __init__(self, spoken: Spoken, run: Run) -> None:
+        self._run, self._made, self._inputs = run, spoken.scores, spoken.token_inputs
+        self._states = {n: kind for n, kind in spoken.inputs.items() if is_state(n)}
 
     def __call__(self, ids: Array, mask: Array, past: Any) -> tuple[Array, Any]:
         """One step: see :class:`Past`."""
-        import torch
+        given: dict[str, Any] = step_arrays(self._inputs, ids, mask)
+        sizes = len(ids), mask.shape[1] - ids.shape[1]
+        for name, kind in self._states.items():
+            given[name] = past[name] if past else _nothing(kind, *sizes)
+        found = self._run(given)
+        kept = {name: found[present_of(name)] for name in self._states}
+        return _array(found[self._made]), kept
 
-        from ftc.graph.cached import states, step_inputs
 
-        held = {name: torch.tensor(value) if isinstance(value, np.ndarray) else value
-                for name, value in (past or {}).items()}  # fmt: skip
-        given = torch.from_numpy(ids), torch.from_numpy(mask)
-        found = self._run(step_inputs(self._signature, *given, held))
-        scores = found[self._signature.output_names[0]]
-        if isinstance(scores, torch.Tensor) and scores.dtype == torch.bfloat16:
-            scores = scores.float()  # which arrays cannot be
-        return scores.numpy(), {s.name: found[present_of(s.name)] for s in states(self._signature)}
+def _nothing(kind: Kind, batch: int, count: int) -> Array:
+    """Keys or values of so many tokens that nobody sees: of none, at the beginning."""
+    of, (_, heads, _, dim) = kind
+    return np.zeros((batch, heads, count, dim), "float32" if of == "bfloat16" else of)
+
+
+def _array(scores: Any) -> Array:
+    """Scores as an array, of a value of onnxruntime or of a tensor of whatever type."""
+    of_torch = str(scores.dtype) == "torch.bfloat16" if hasattr(scores, "dtype") else False
+    array: Array = (scores.float() if of_torch else scores).numpy()
+    return array
 
 
 class InPlace:

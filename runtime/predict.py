@@ -35,7 +35,7 @@ _BEST = 5
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """One answer and its probability."""
+    """One answer and its probability; of a model with one output, that number."""
 
     text: str
     probability: float
@@ -43,10 +43,17 @@ class Guess:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A token or a whole text, and the labels that fit it, the most likely first."""
+    """A token or a whole text, and the labels that fit it, the most likely first.
+
+    Attributes:
+        text: it.
+        guesses: the labels.
+        number: the model gives one number, which is no probability.
+    """
 
     text: str
     guesses: tuple[Guess, ...]
+    number: bool = False
 
 
 def embed(engine: Engine, texts: Sequence[str], *, batch: int = 16) -> tuple[Tensor, str]:
@@ -94,11 +101,13 @@ def fill_masks(engine: Engine, text: str) -> list[Labelled]:
 
 
 def classify(engine: Engine, text: str) -> list[Labelled]:
-    """Labels with probabilities: of the whole text, or of each of its tokens."""
+    """Labels with probabilities, or one number: of the whole text, or of each of its tokens."""
     program = engine.program
     found, names = need_tokenizer(program), labels(program)
     inputs = encode(found, program.signature, [text])
     logits = engine(inputs)[program.signature.output_names[0]][0].float()
+    if logits.shape[-1] == 1 and program.signature.task == "sequence-classification":
+        return [Labelled(text, (Guess(names.get(0, "value"), float(logits)),), number=True)]
     if program.signature.task == "sequence-classification":
         return [_label(text, logits, names)]
     tokens = found.convert_ids_to_tokens(inputs["input_ids"][0].tolist())

@@ -127,8 +127,9 @@ def render_evaluation(found: Evaluation, console: Console) -> None:
 
 
 def render_labels(found: Sequence[Labelled], console: Console) -> None:
-    """Labels with their probabilities, a line for each text, token or gap."""
-    made = table("text", "label", "probability", left=2)
+    """Labels with their probabilities or numbers, a line for each text, token or gap."""
+    numbers = any(each.number for each in found)
+    made = table("text", "label", "number" if numbers else "probability", left=2)
     for each in found:
         for place, guess in enumerate(each.guesses):
             made.add_row("" if place else escape(each.text), escape(guess.text),

@@ -1,6 +1,7 @@
 """onnxruntime behind tensors: a model on disk or in memory, run by name on the CPU.
 
-Torch is imported for tensors: a :class:`Binding`, which runs on arrays, does without.
+Torch is imported where outputs are tensors (:meth:`OnnxSession.run`): values that stay in
+onnxruntime, and a :class:`Binding`, do without.
 Whatever onnxruntime complains about becomes an error that names the model's own
 inputs, with the fix; onnxruntime itself prints nothing.
 """
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftc.graph.cache_inputs import IN_PLACE, Kind
+from ftc.graph.cache_inputs import IN_PLACE, Array, Kind
 from ftc.graph.errors import SourceError, UsageError, nearest
 
 from .mapped import without_weights
@@ -75,7 +76,7 @@ class OnnxSession:
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.in_place: bool = IN_PLACE in metadata.items() and device == "cpu"
 
-    def run(self, inputs: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> dict[str, Tensor]:
+    def run(self, inputs: Mapping[str, Tensor | Array]) -> dict[str, Tensor]:
         """Outputs by name.
 
         Args:
@@ -151,7 +152,7 @@ class OnnxSession:
         """Inputs and outputs in the caller's own memory."""
         return Binding(self._session)
 
-    def _check_dimensions(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def _check_dimensions(self, feed: Mapping[str, Array]) -> None:
         """One size for each named dimension, which onnxruntime does not check by itself."""
         sizes: dict[str, tuple[int, str]] = {}
         for name, array in feed.items():
@@ -165,25 +166,23 @@ class OnnxSession:
                         fix="give one size for each named dimension",
                     )
 
-    def _checked(self, name: str, given: Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        import torch
-
+    def _checked(self, name: str, given: Tensor | Array) -> Array:
         if name not in self.input_shapes:
             raise UsageError(f"unknown input {name!r}", fix=nearest(name, self.input_names))
-        tensor = given if isinstance(given, torch.Tensor) else torch.from_numpy(np.asarray(given))
-        shape = self.input_shapes[name]
-        fits = tensor.dim() == len(shape) and all(
+        shape, kind = self.input_shapes[name], str(given.dtype).removeprefix("torch.")
+        fits = len(given.shape) == len(shape) and all(
             not isinstance(want, int) or want == got
-            for want, got in zip(shape, tensor.shape, strict=True)
+            for want, got in zip(shape, given.shape, strict=True)
         )
-        kind = self.kinds[name]
-        wanted = None if kind is None else getattr(torch, kind)
-        if not fits or (wanted is not None and tensor.dtype != wanted):
+        wanted = self.kinds[name]
+        if not fits or (wanted is not None and kind != wanted):
             raise UsageError(
-                f"input {name!r} is {tensor.dtype} of shape {list(tensor.shape)}",
+                f"input {name!r} is {kind} of shape {list(given.shape)}",
                 fix=f"pass {wanted} of shape [{', '.join(map(str, shape))}]",
             )
-        array: np.ndarray[Any, Any] = tensor.detach().cpu().contiguous().numpy()
+        if isinstance(given, np.ndarray):
+            return np.ascontiguousarray(given)
+        array: Array = given.detach().cpu().contiguous().numpy()
         return array
 
 
@@ -196,9 +195,9 @@ class Binding:
 
     def __init__(self, session: Any) -> None:
         self._session, self._held = session, session.io_binding()
-        self._arrays: dict[str, np.ndarray[Any, Any]] = {}
+        self._arrays: dict[str, Array] = {}
 
-    def inputs(self, given: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def inputs(self, given: Mapping[str, Array]) -> None:
         """Arrays that are read at the next run, by their values now.
 
         One of the size and type of the run before is copied to where that run read it, which
@@ -211,11 +210,11 @@ class Binding:
             else:
                 self._bind(self._held.bind_input, name, np.array(array, order="C"))
 
-    def output(self, name: str, array: np.ndarray[Any, Any]) -> None:
+    def output(self, name: str, array: Array) -> None:
         """An array that is written by the next run."""
         self._bind(self._held.bind_output, name, array)
 
-    def both(self, given: str, made: str, array: np.ndarray[Any, Any]) -> None:
+    def both(self, given: str, made: str, array: Array) -> None:
         """An array that is an input and, written, an output, of this run and those after it."""
         self._bind(self._held.bind_input, given, array)
         self._bind(self._held.bind_output, made, array)
@@ -231,7 +230,7 @@ class Binding:
         except Exception as error:
             raise _refused(error, self._arrays) from error
 
-    def _bind(self, bind: Any, name: str, array: np.ndarray[Any, Any]) -> None:
+    def _bind(self, bind: Any, name: str, array: Array) -> None:
         """Tells onnxruntime where ``array`` is, and keeps it there."""
         bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._arrays[name] = array
@@ -278,7 +277,7 @@ def _open(model: Any, threads: int | None, providers: list[str]) -> Any:
         ) from error
 
 
-def _refused(error: BaseException, feed: Mapping[str, np.ndarray[Any, Any]]) -> UsageError:
+def _refused(error: BaseException, feed: Mapping[str, Array]) -> UsageError:
     return UsageError(
         f"onnxruntime cannot run these inputs: {_reason(error)}",
         where=", ".join(f"{name} {list(array.shape)}" for name, array in feed.items()),

@@ -29,6 +29,9 @@ Arrays = Mapping[str, Array]
 
 TEXT_TASKS = ("feature-extraction", "masked-lm", "pretraining", "causal-lm",
               "sequence-classification", "token-classification")  # fmt: skip
+_TRAINED = (("config.json", "max_position_embeddings"),
+            ("tokenizer_config.json", "model_max_length"))  # fmt: skip
+_ANY = 10**9  # what transformers writes for no limit is more
 
 
 class Spoken:
@@ -208,8 +211,27 @@ class Spoken:
             UsageError: for one that leaves no room for another token, or has none.
         """
         for text in texts:
-            check_room(count_tokens(text, self.tokenizer), self.limit)
+            for limit in (self.limit, self.made_for):
+                check_room(count_tokens(text, self.tokenizer), limit)
         return token_rows(self.tokenizer, texts, known=self.known or 0)
+
+    @cached_property
+    def made_for(self) -> int | None:
+        """How many tokens the model was trained to read, where its files say so.
+
+        A program with rotary positions computes any number; what it says is worth little then.
+        """
+        for name, key in _TRAINED:
+            stored = asset(self.assets, name)
+            number = stored.get(key) if isinstance(stored, dict) else None
+            if type(number) is int and 0 < number < _ANY:
+                return number
+        return None
+
+    def special(self, texts: Sequence[str]) -> frozenset[int]:
+        """Those special tokens, which no text shows, that ``texts`` name."""
+        added: Mapping[int, Any] = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return frozenset(n for n, t in added.items() if t.special and str(t) in texts)
 
     @cached_property
     def ends(self) -> frozenset[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ftc.graph.cache_inputs import Names
 from ftc.graph.errors import UsageError, nearest
 from ftc.graph.signature import Signature
 
@@ -75,7 +76,8 @@ def _check_sizes(tensors: Mapping[str, Tensor], signature: Signature) -> None:
     found: dict[str, tuple[int, str]] = {}
     for spec in signature.inputs:
         given = tensors[spec.name]
-        if given.numel() == 0:
+        behind_nothing = Names.PAST in spec.shape and given.shape[spec.shape.index(Names.PAST)] == 0
+        if given.numel() == 0 and not behind_nothing:
             raise UsageError(
                 f"input {spec.name!r} is empty, of shape {tuple(given.shape)}",
                 fix="give at least one row",

@@ -83,7 +83,12 @@ def torch_device(name: str) -> torch.device:
     Raises:
         UsageError: for one that this machine has not.
     """
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"no device is called {name!r}", fix="--device cpu, or --device cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("this machine has no GPU that torch can use", fix="--device cpu")
     return device

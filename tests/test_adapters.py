@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,16 @@ def test_the_base_may_come_from_disk(tmp_path: Path) -> None:
     folder = save_adapters(program, tmp_path / "a")
     base = load_bundle(save_bundle(plain, tmp_path / "base"))
     assert drift(program, load_adapters(base, folder)) == 0
+
+
+def test_what_was_trained_comes_back(tmp_path: Path) -> None:
+    """A training stands in the history, and is no pass that could run again."""
+    plain = run("canonicalize", "bert")
+    program = add(plain, "lora")
+    record = replace(program.history[-1], spec="train{objective=mlm,steps=3}", effect="approximate")
+    program = replace(program, history=(*program.history, record))
+    folder = save_adapters(program, tmp_path / "a")
+    assert drift(program, load_adapters(plain, folder)) == 0
 
 
 def test_the_same_adapters_give_the_same_bytes(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_in_buffers_or_handed_on_it_is_the_graph(name, data):
     rows = rows_of(sum(pieces), max(1, sum(pieces) - 3), 1)
     with torch.no_grad():
         wanted = in_pieces(past_of(TorchEngine(program)), rows, pieces)
-    handed = in_pieces(HandedOn(program, session.run_held), rows, pieces)
+    handed = in_pieces(HandedOn(Spoken.of(program), session.run_held), rows, pieces)
     buffers = in_pieces(small(in_place(name)), rows, pieces)
     torch.testing.assert_close(handed, wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(buffers, wanted, atol=1e-4, rtol=1e-4)

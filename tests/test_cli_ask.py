@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from ftc.graph.bundle import load_bundle
 from ftc.runtime.tensors import read_tensors
+from ftc.runtime.text import need_tokenizer, pad
 
 from .cli_bundles import bundle, masked, mistake  # noqa: F401
 from .conftest import Command
@@ -74,6 +76,20 @@ def test_run_classifies_with_the_models_labels(tmp_path: Path, command: Command)
     mistake(command(*call), "rows.jsonl:2", "txt")
     data.write_text("{not json}\n")
     mistake(command(*call), "rows.jsonl:1")
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_run_says_the_number_of_a_regression(engine: str, tmp_path: Path, command: Command) -> None:
+    model = encoder(tmp_path / "model", "BertForSequenceClassification", num_labels=1)
+    assert command("compile", model, "--passes", "cleanup", "-o", tmp_path / "out").status == 0
+    call = ("run", tmp_path / "out", "--text", "the cat", "--engine", engine)
+    (((_, number),),) = [each["guesses"] for each in command(*call, "--json").data["labels"][0]]
+    program = load_bundle(tmp_path / "out")
+    ids = need_tokenizer(program)("the cat")["input_ids"]
+    wanted = program(pad([ids], program.signature, None))["logits"].item()
+    assert number == pytest.approx(wanted, rel=1e-3) and "number" in command(*call).out
+    refused = command("eval", tmp_path / "out", "--data", "x.jsonl", "--metric", "accuracy")
+    assert refused.status == 2 and "one number" in refused.err and "--steps 0" in refused.err
 
 
 def test_run_continues_and_both_engines_agree(tmp_path: Path, command: Command) -> None:

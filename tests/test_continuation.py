@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftc.graph.cached import step_inputs
 from ftc.graph.errors import UsageError
 from ftc.runtime.chat import Chat
 from ftc.runtime.compile import compile_model
@@ -18,7 +21,7 @@ from ftc.runtime.continuation import Asked, Saying, generate
 from ftc.runtime.decoder import Decoder
 from ftc.runtime.engine import open_engine
 from ftc.tests.conftest import Command
-from ftc.tests.small import decoder
+from ftc.tests.small import decoder, short_decoder
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'the ' if m.role == 'assistant' }}{{ m.content }} . {% endfor %}"
@@ -39,8 +42,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Letters:
     """A tokenizer of one letter a token; token 9 is the end."""
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return "".join("abcdefgh"[i] for i in ids)
+
+
+class Words:
+    """A tokenizer of one word a token, which begins a text without the space before it."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join("abcdefgh"[i] for i in ids)
 
 
 def said(tokens: list[int], stops: list[str]) -> tuple[list[str], Saying]:
@@ -62,6 +72,52 @@ def test_text_ends_before_the_first_stop_string(tokens, stops):
     seen = whole[: lengths[0]] if lengths else whole
     places = [seen.find(s) for s in stops if s in seen]
     assert "".join(pieces) == saying.text == seen[: min(places, default=len(seen))]
+
+
+@given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=20), st.lists(st.integers(0, 7), min_size=1)
+)
+def test_text_and_continuation_are_the_whole_text(before, tokens):
+    """The space between them is there, which a tokenizer leaves out where a text begins."""
+    saying = Saying(Words(), frozenset(), (), before)
+    pieces = [saying.add(token) for token in tokens]
+    whole = Words().decode([*before, *tokens])
+    assert Words().decode(before) + "".join(pieces) + saying.end() == whole
+    assert Saying(Words(), frozenset(), ()).add(tokens[0]) == Words().decode(tokens[:1])
+
+
+def test_special_tokens_end_a_text_by_name_and_are_not_shown(bundle):
+    engine = open_engine(str(bundle))
+    found = engine.spoken.tokenizer
+    (name, number), *_ = [(str(t), n) for n, t in found.added_tokens_decoder.items() if t.special]
+    assert engine.spoken.special([name, "the"]) == {number}
+    saying = Saying(found, engine.spoken.special([name]), (name,))
+    (the,) = found("the", add_special_tokens=False)["input_ids"]
+    assert saying.add(the) == "the" and saying.add(number) == "" and saying.done
+    assert Saying(found, frozenset(), ()).add(number) == ""
+
+
+def test_a_text_ends_where_the_model_does_and_a_note_tells_it(tmp_path, command: Command):
+    model = short_decoder(tmp_path / "model")
+    compile_model(model, "", tmp_path / "out", task="generate")
+    call = ("run", tmp_path / "out", "--max-new-tokens", 99, "--json", "--text", "the cat")
+    alone = command(*call).data
+    assert "the text ends" in alone["notes"][0]
+    both = command(*call, "--text", "the cat sits on the mat").data
+    assert "the others with it" in both["notes"][0]
+    assert alone["continuations"][0].startswith(both["continuations"][0])
+    assert command(*call[:3], 1, *call[4:]).data["notes"] == []
+
+
+def test_rotary_positions_end_where_the_models_files_say(tmp_path, command: Command):
+    model = decoder(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    compile_model(model, "", tmp_path / "out", task="generate")
+    ran = command("run", tmp_path / "out", "--text", "the cat " * 8)
+    assert ran.status == 2 and "takes 16" in ran.err
+    ran = command("run", tmp_path / "out", "--text", "the cat", "--max-new-tokens", 40, "--json")
+    assert "there are 16 tokens" in ran.data["notes"][0]
 
 
 def test_the_beginning_of_a_stop_string_waits():
@@ -103,6 +159,18 @@ def test_values_stay_in_onnxruntime(bundle):
     again["past_mask"] = torch.ones(again["input_ids"].shape[0], held["present_key_0"].shape()[2],
                                     dtype=inputs["past_mask"].dtype)  # fmt: skip
     assert session.run_held(again)["present_key_0"].shape()[2] > held["present_key_0"].shape()[2]
+
+
+def test_tensors_of_a_first_step_have_an_empty_past(bundle, tmp_path, command: Command):
+    signature = open_engine(str(bundle), "torch").program.signature
+    ids = torch.tensor([[5, 6, 7]])
+    step = step_inputs(signature, ids, torch.ones_like(ids), {})
+    np.savez(tmp_path / "x.npz", **{name: tensor.numpy() for name, tensor in step.items()})
+    ran = command("run", bundle, "--input", tmp_path / "x.npz", "--json")
+    assert torch.tensor(ran.data["outputs"]["present_key_0"]).shape[2] == 3
+    np.savez(tmp_path / "x.npz", **{n: t[:0].numpy() for n, t in step.items()})
+    ran = command("run", bundle, "--input", tmp_path / "x.npz")
+    assert ran.status == 2 and "is empty" in ran.err
 
 
 def test_a_conversation_reads_only_what_is_new(bundle, monkeypatch):

@@ -47,6 +47,35 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+def test_one_number_is_learned_from_a_teacher(tmp_path: Path, models: dict[str, Path]) -> None:
+    """It is no distribution, whose divergence from another of one column is 0."""
+    head = "BertForSequenceClassification"
+    student = encoder(tmp_path / "m", head, num_labels=1)
+    other = Pipeline.parse("lowrank{rank=1}").run(capture(student)).program
+    save_bundle(other, tmp_path / "teacher")
+    given = config(student, models["rows"], "distillation", tmp_path / "out",
+                   teacher=str(tmp_path / "teacher"))  # fmt: skip
+    report = train(given)
+    assert report.first_loss is not None and report.first_loss > 1e-4
+
+
+def test_what_this_torch_cannot_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    again: dict[str, Any] = {"compile": True, "gradient_checkpointing": True}
+    for options, words in (({"device": "tpu"}, "no device"), ({"device": "meta"}, "no device"),
+                           (again, "computed again")):  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            train(config(models["mlm"], models["rows"], "mlm", tmp_path / "out", **options))
+
+
+def test_a_program_with_a_cache_is_trained_before_it(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    cached = Pipeline.parse("cache").run(capture(decoder(tmp_path / "m"))).program
+    save_bundle(cached, tmp_path / "program")
+    with pytest.raises(UsageError, match="has a cache"):
+        train(config(tmp_path / "program", models["prose"], "clm", tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "words"),
     [("mlm", "two", None), ("two", "three", r"\[…, 2\].*\[…, 3\]")],

@@ -125,7 +125,8 @@ def _not_an_object(file: Path) -> str:
 @functools.lru_cache(maxsize=1)
 def _from_gguf(path: Path, changed: int) -> Any:
     """The tokenizer in a GGUF file; probing and saving both ask, and it takes a second to build."""
-    if VOCABULARY not in read_header(path).fields:
+    fields = read_header(path).fields
+    if VOCABULARY not in fields:
         return None
     from transformers import PreTrainedTokenizerFast
 
@@ -140,6 +141,9 @@ def _from_gguf(path: Path, changed: int) -> Any:
             fix="put the model's tokenizer.json into a folder, and name the folder",
         ) from error
     found.init_kwargs.pop("local_files_only", None)
+    length = fields.get(f"{fields.get('general.architecture')}.context_length")
+    if isinstance(length, int):
+        found.model_max_length = length
     return found
 
 

@@ -25,6 +25,7 @@ from ftc.graph.program import PassRecord, Program, attach, detach
 from ftc.graph.provenance import provenance
 from ftc.graph.words import listed
 from ftc.passes.pipeline import Pipeline
+from ftc.passes.registry import names
 
 from .base import differing, sketch_base
 from .folder import read_head, read_tensors, write
@@ -116,9 +117,9 @@ def trained_parts(program: Program) -> dict[str, Tensor]:
     }
 
 
-def makers(program: Program, names: Mapping[str, Tensor]) -> set[str]:
-    """Text forms of the passes that made the parameters ``names``."""
-    readers = (n for n in program.graph.nodes if n.op == "get_attr" and str(n.target) in names)
+def makers(program: Program, made_for: Mapping[str, Tensor]) -> set[str]:
+    """Text forms of the passes that made the parameters ``made_for``."""
+    readers = (n for n in program.graph.nodes if n.op == "get_attr" and str(n.target) in made_for)
     return {made for n in readers if (made := provenance(n).made_by) != "capture"}
 
 
@@ -149,6 +150,8 @@ def _history(
 ) -> tuple[list[PassRecord], list[PassRecord]]:
     """The passes from the first that made an adapter on, and those before it."""
     specs = makers(program, trained)
-    done = [r for r in program.history if r.modified and r.effect != "annotation"]
+    passes = set(names())  # what else is in a history, a training, cannot be run again
+    done = [r for r in program.history
+            if r.modified and r.effect != "annotation" and r.name in passes]  # fmt: skip
     first = next((i for i, r in enumerate(done) if r.spec in specs), len(done))
     return done[first:], done[:first]

@@ -127,6 +127,9 @@ class EngineOptions:
             UsageError: with the fix.
         """
         device = torch_device(self.device)
+        if self.compile and self.gradient_checkpointing:
+            raise UsageError("torch.compile does not take layers that are computed again",
+                             fix="leave out --compile, or --gradient-checkpointing")  # fmt: skip
         if self.precision == "bf16" and device.type == "cpu" and not _has_bf16():
             raise UsageError("this processor has no bfloat16 arithmetic: training would be about "
                              "30 times slower", fix="--precision fp32")  # fmt: skip

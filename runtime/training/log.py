@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ftc.graph.bundle import cannot_write
 from ftc.graph.errors import UsageError
 
 Record = Mapping[str, Any]
@@ -88,4 +89,7 @@ def _board(folder: Path, step: int) -> Any:
             "the package tensorboard is not installed",
             fix="pip install 'ftc[train]', or leave --tensorboard out",
         ) from None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    except OSError as error:
+        raise cannot_write(error, folder) from error

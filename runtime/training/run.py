@@ -61,7 +61,7 @@ from .start import (
     scene_of,
     teacher,
 )
-from .trainer import LAST, Options, Trainer
+from .trainer import LAST, Options, Trainer, metrics_of
 
 LOG, PICTURE, MODEL_CONFIG = "metrics.jsonl", "loss.png", "config.json"
 Metrics = Mapping[str, float]
@@ -165,7 +165,7 @@ class _Run:
         losses, sums = self._engine().evaluate(
             self._loader(self.data.evaluation or self.data.training).evaluation()
         )
-        found = {**losses, **self.objective.metrics(losses, sums)}
+        found = metrics_of(self.objective, losses, sums)
         return self._report(None, found, None)
 
     def train(self, show: bool) -> TrainReport:

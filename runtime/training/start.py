@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ftc.graph.bundle import is_bundle, load_bundle, save_bundle
 from ftc.graph.bundle.bundle import check_output
+from ftc.graph.cached import is_cached
 from ftc.graph.errors import UsageError
 from ftc.graph.program import Program
 from ftc.graph.sources import capture
@@ -66,6 +67,9 @@ def captured(config: TrainConfig, say: Say) -> Program:
         ctx = make_context(program, None, target("portable"), None, None, config.seed)
         say(f"running {pipeline.spec}")
         program = pipeline.run(program, ctx).program
+    if is_cached(program.signature):
+        raise UsageError("this program has a cache, and gives scores of the last token alone",
+                         fix="train it before --task generate, or the pass cache")  # fmt: skip
     config.made_objective().check(program)
     return program
 

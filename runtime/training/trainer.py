@@ -159,8 +159,7 @@ class Trainer:
         self.bar.note("evaluating")
         losses, sums = self.engine.evaluate(islice(self.evaluation.evaluation(), most))
         self.bar.note("")
-        found = {"loss": math.fsum(losses.values()), **_several(losses),
-                 **self.objective.metrics(losses, sums)}  # fmt: skip
+        found = metrics_of(self.objective, losses, sums)
         if self.options.metric not in found:
             raise UsageError(f"there is no metric {self.options.metric!r}",
                              fix=nearest(self.options.metric, found))  # fmt: skip
@@ -254,6 +253,14 @@ def _due(step: int, every: int, last: int) -> bool:
 def _several(parts: Mapping[str, float]) -> dict[str, float]:
     """The parts of a loss that has several."""
     return {f"loss_{name}": value for name, value in parts.items()} if len(parts) > 1 else {}
+
+
+def metrics_of(
+    objective: Objective, losses: Mapping[str, float], sums: Mapping[str, float]
+) -> dict[str, float]:
+    """The loss, its parts where it has several, and the metrics of an objective."""
+    whole = {"loss": math.fsum(losses.values()), **_several(losses)}
+    return {**whole, **objective.metrics(losses, sums)}
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class Distillation(Objective):
 
     def _distance(self, found: Tensor, wanted: Tensor, keep: Tensor, scored: bool) -> Tensor:
         """The distance of one output, summed over tokens."""
-        if not scored:
+        if not scored or found.shape[-1] == 1:  # one number is no distribution
             return _relative(found, wanted, keep)
         student = (found.float() / self.temperature).log_softmax(-1)
         teacher = (wanted.float() / self.temperature).log_softmax(-1)

@@ -57,7 +57,10 @@ class Masked(Objective):
 
     def check(self, program: Program) -> None:
         """Needs scores of the vocabulary for each token."""
-        if program.signature.task == "causal-lm" or token_output(program.signature) is None:
+        if program.signature.task == "causal-lm":
+            raise refused(self, program, "a model whose tokens see those after them",
+                          "--objective clm")  # fmt: skip
+        if token_output(program.signature) is None:
             raise refused(self, program, "scores of the vocabulary for each token",
                           recapture(program, "masked-lm"))  # fmt: skip
 
