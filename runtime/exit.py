@@ -67,18 +67,23 @@ def run_command(group: click.Group, arguments: Sequence[str]) -> int:
             group.invoke(context)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        if type(stop) is KeyboardInterrupt:  # a command's own kind has told more already
-            click.echo("interrupted; no result was written", err=True)
-        return INTERRUPTED
+        return _interrupted(told=type(stop) is not KeyboardInterrupt)
     except click.exceptions.Exit as done:
         return done.exit_code
     except Exception as error:
         if _was_interrupted(error):
-            return INTERRUPTED
+            return _interrupted()
         if debug:
             raise
         return _failed(error, as_json="--json" in arguments)
     return 0
+
+
+def _interrupted(told: bool = False) -> int:
+    """Says so, unless a command's own kind of interrupt has told more already."""
+    if not told:
+        click.echo("interrupted; no result was written", err=True)
+    return INTERRUPTED
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

@@ -219,8 +219,15 @@ def test_an_interrupt_ends_with_a_line(command: Command, monkeypatch: pytest.Mon
     def interrupted(name: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(registry, "get", interrupted)
-    assert command("passes", "int8") == Ran(130, "", "interrupted; no result was written\n")
+    def within_an_import(name: str) -> None:
+        try:
+            interrupted(name)
+        except KeyboardInterrupt as stop:
+            raise ImportError("initialization failed") from stop
+
+    for each in (interrupted, within_an_import):
+        monkeypatch.setattr(registry, "get", each)
+        assert command("passes", "int8") == Ran(130, "", "interrupted; no result was written\n")
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
