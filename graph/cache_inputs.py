@@ -113,10 +113,10 @@ def step_arrays(inputs: Sequence[TokenInput], ids: Array, mask: Array) -> dict[s
     return made
 
 
-def pad_left(rows: Sequence[Sequence[int] | Array], fill: int = 0) -> tuple[Array, Array]:
+def pad_left(rows: Sequence[Sequence[int] | Array]) -> tuple[Array, Array]:
     """Texts of different length as one batch: ids and mask, int64 ``[batch, longest]``."""
     longest = max(map(len, rows))
-    ids = np.full((len(rows), longest), fill, np.int64)
+    ids = np.zeros((len(rows), longest), np.int64)
     mask = np.zeros_like(ids)
     for number, row in enumerate(rows):
         ids[number, longest - len(row) :] = row

@@ -65,15 +65,18 @@ def past_of(engine: Engine) -> Past:
 
 
 def _with_tensors(engine: Engine) -> Run:
-    """An engine that takes arrays too."""
+    """An engine that takes arrays too, and gives scores that can be one."""
     import torch
 
-    types = engine.program.signature.input_types
+    types, scores = engine.program.signature.input_types, engine.spoken.scores
 
     def run(given: Mapping[str, Any]) -> Mapping[str, Any]:
         tensors = {name: torch.tensor(value).to(types[name]) if isinstance(value, np.ndarray)
                    else value for name, value in given.items()}  # fmt: skip
-        return engine(tensors)
+        made = engine(tensors)
+        if made[scores].dtype == torch.bfloat16:  # which no array is
+            made[scores] = made[scores].float()
+        return made
 
     return run
 
@@ -98,20 +101,13 @@ class HandedOn:
             given[name] = past[name] if past else _nothing(kind, *sizes)
         found = self._run(given)
         kept = {name: found[present_of(name)] for name in self._states}
-        return _array(found[self._made]), kept
+        return found[self._made].numpy(), kept
 
 
 def _nothing(kind: Kind, batch: int, count: int) -> Array:
     """Keys or values of so many tokens that nobody sees: of none, at the beginning."""
     of, (_, heads, _, dim) = kind
     return np.zeros((batch, heads, count, dim), "float32" if of == "bfloat16" else of)
-
-
-def _array(scores: Any) -> Array:
-    """Scores as an array, of a value of onnxruntime or of a tensor of whatever type."""
-    of_torch = str(scores.dtype) == "torch.bfloat16" if hasattr(scores, "dtype") else False
-    array: Array = (scores.float() if of_torch else scores).numpy()
-    return array
 
 
 class InPlace:

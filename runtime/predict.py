@@ -29,6 +29,7 @@ from .engine import Engine
 from .lengths import cut_texts
 from .spoken import asset
 from .text import encode, need_tokenizer
+from .tokens import NO_SCORES, per_token
 
 _BEST = 5
 
@@ -139,16 +140,13 @@ def logits_output(program: Program) -> str:
     Raises:
         UsageError: when there is none.
     """
-    return _token_output(program, "no output holds scores for each token")
+    return _token_output(program, NO_SCORES)
 
 
 def _token_output(program: Program, otherwise: str) -> str:
-    leading = program.signature.inputs[0].shape[:2]
-    for spec in program.signature.outputs:
-        if len(spec.shape) == 3 and spec.shape[:2] == leading:
-            return spec.name
-    names = ", ".join(program.signature.output_names)
-    raise UsageError(f"{otherwise}; outputs: {names}", fix="give tensors: --input FILE.npz")
+    signature = program.signature
+    outputs = {spec.name: spec.shape for spec in signature.outputs}
+    return per_token(signature.inputs[0].shape, outputs, otherwise)
 
 
 def _mask(program: Program, inputs: dict[str, Tensor], states: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ftc.graph.cache_inputs import Array, Names, TokenInput, is_state, misfit
 from ftc.graph.errors import BundleError, UsageError
 from ftc.graph.sources.tokenizer import ASSETS, tokenizer
 
-from .tokens import IDS, count_tokens, made_of_text, token_rows
+from .tokens import IDS, NO_SCORES, made_of_text, per_token, token_rows
 
 if TYPE_CHECKING:
     from ftc.graph.program import Program
@@ -131,14 +131,9 @@ class Spoken:
         """
         if self.cached:
             return self.output_names[0]
-        leading = self._signature["inputs"][0]["shape"][:2]
-        for spec in self._signature["outputs"]:
-            if len(spec["shape"]) == 3 and spec["shape"][:2] == leading:
-                return str(spec["name"])
-        raise UsageError(
-            f"no output holds scores for each token; outputs: {', '.join(self.output_names)}",
-            fix="give tensors: --input FILE.npz",
-        )
+        _, shape = self.inputs[self.input_names[0]]
+        outputs = {name: sizes for name, (_, sizes) in self.outputs.items()}
+        return per_token(shape, outputs, NO_SCORES)
 
     @cached_property
     def token_inputs(self) -> tuple[TokenInput, ...]:
@@ -210,10 +205,11 @@ class Spoken:
         Raises:
             UsageError: for one that leaves no room for another token, or has none.
         """
-        for text in texts:
+        rows = token_rows(self.tokenizer, texts, known=self.known or 0)
+        for row in rows:
             for limit in (self.limit, self.made_for):
-                check_room(count_tokens(text, self.tokenizer), limit)
-        return token_rows(self.tokenizer, texts, known=self.known or 0)
+                check_room(len(row), limit)
+        return rows
 
     @cached_property
     def made_for(self) -> int | None:

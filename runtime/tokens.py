@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ftc.graph.cache_inputs import is_state
 from ftc.graph.errors import UsageError
 
+Dim = int | str
 IDS, TYPES = "input_ids", "token_type_ids"
+NO_SCORES = "no output holds scores for each token"
 
 
 def made_of_text(inputs: Iterable[tuple[str, str]]) -> bool:
@@ -16,6 +18,20 @@ def made_of_text(inputs: Iterable[tuple[str, str]]) -> bool:
     given = dict(inputs)
     return IDS in given and all(
         name in (IDS, TYPES) or is_state(name) or role == "mask" for name, role in given.items()
+    )
+
+
+def per_token(tokens: Sequence[Dim], outputs: Mapping[str, Sequence[Dim]], otherwise: str) -> str:
+    """The output ``[batch, sequence, width]``, where tokens are ``[batch, sequence]``.
+
+    Raises:
+        UsageError: saying ``otherwise``, when there is none.
+    """
+    for name, shape in outputs.items():
+        if len(shape) == 3 and tuple(shape[:2]) == tuple(tokens[:2]):
+            return name
+    raise UsageError(
+        f"{otherwise}; outputs: {', '.join(outputs)}", fix="give tensors: --input FILE.npz"
     )
 
 

@@ -162,8 +162,9 @@ def _check_fit(graph: fx.Graph, signature: Signature, tensors: Mapping[str, Any]
     read.update(signature.start.values())
     if odd := sorted(read ^ set(tensors)):
         raise BundleError(f"graph and {WEIGHTS} disagree about the tensor {odd[0]}")
-    kinds = {n: (dtype_name(t.dtype), t.shape) for n, t in tensors.items()}
-    if signature.start and (odd_input := misfit(encode_signature(signature), kinds)):
+    begins = {n: tensors[n] for n in signature.start.values()}
+    kinds = {n: (dtype_name(t.dtype), t.shape) for n, t in begins.items()}
+    if kinds and (odd_input := misfit(encode_signature(signature), kinds)):
         raise BundleError(f"signature.start: no run can begin behind what it has for {odd_input}")
 
 

@@ -6,13 +6,13 @@ Imports no torch, which what runs a bundle's file in onnxruntime does without.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ftc.graph.errors import BundleError
+from ftc.graph.json_file import read_object
 
 from .output import HEAD, is_bundle
 
@@ -87,13 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         BundleError: where it does not.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", fix="make the bundle again") from None
-    if not isinstance(content, dict):
-        raise BundleError(f"{path} is not a JSON object", fix="make the bundle again")
-    return content
+    return read_object(path, BundleError, "make the bundle again", "cannot be read")
 
 
 def hash_file(path: Path) -> str:

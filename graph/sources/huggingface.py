@@ -9,7 +9,6 @@ silence.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import nn
 
 from ftc.graph.bundle.tensor_file import aligned
 from ftc.graph.errors import SourceError, UsageError, nearest
+from ftc.graph.json_file import read_object
 from ftc.graph.words import listed
 
 from .quiet import first_line, quiet
@@ -168,16 +168,9 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(
-            f"{folder} has no config.json", fix="copy it from the model's source"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise SourceError(f"{file} is not valid JSON: {error}", fix="download it again") from None
-    if not isinstance(raw, dict):
-        raise SourceError(f"{file} is not a JSON object", fix="download it again")
+    if not file.exists():
+        raise SourceError(f"{folder} has no config.json", fix="copy it from the model's source")
+    raw = read_object(file, SourceError, "download it again")
     _check_kind(file, raw)
     try:
         with quiet():

@@ -7,7 +7,6 @@ of its ``forward``, how large it may be off its tables and its configuration.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ftc.graph.errors import CaptureError, SourceError
+from ftc.graph.json_file import read_object
 
 from .tasks import SEQ2SEQ
 
@@ -144,7 +144,7 @@ def _image_size(config: Any, folder: Path | None) -> tuple[tuple[int, int], tupl
         return size, ()
     file = folder / _PREPROCESSOR if folder is not None else None
     if file is not None and file.is_file():
-        raw = _read_preprocessor(file)
+        raw = read_object(file, SourceError, "download it again")
         keys = ("crop_size", "size") if raw.get("do_center_crop", True) else ("size",)
         found = (_pair(raw.get(key)) for key in keys)
         if (size := next((pair for pair in found if pair), None)) is not None:
@@ -165,16 +165,6 @@ def _pair(size: Any) -> tuple[int, int] | None:
         if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
             return height, width
     return None
-
-
-def _read_preprocessor(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise SourceError(f"{file} is not valid JSON: {error}", fix="download it again") from None
-    if not isinstance(raw, dict):
-        raise SourceError(f"{file} is not a JSON object", fix="download it again")
-    return raw
 
 
 def _input_table(model: nn.Module) -> nn.Embedding | None:

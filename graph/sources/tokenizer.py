@@ -8,12 +8,12 @@ Nothing is read before text is asked for.
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftc.graph.errors import SourceError
+from ftc.graph.json_file import read_object
 
 from .gguf_header import VOCABULARY, read_header
 from .quiet import first_line, quiet
@@ -103,23 +103,17 @@ def _class(kind: str | None) -> Any:
 def _damaged(folder: Path, error: Exception) -> SourceError:
     """The error for a tokenizer that does not load, with the file that is to blame."""
     present = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    for file in present:
-        if file.suffix == ".json" and (why := _not_an_object(file)):
-            return SourceError(f"{file} {why}", fix="copy it again from the model's source")
+    try:
+        for file in present:
+            if file.suffix == ".json":
+                read_object(file, SourceError, "copy it again from the model's source")
+    except SourceError as damaged:
+        return damaged
     blamed = next(file for file in present if file.name in _VOCABULARIES)
     return SourceError(
         f"transformers cannot read the tokenizer in {blamed}: {first_line(error)}",
         fix=f"copy {', '.join(file.name for file in present)} again from the model's source",
     )
-
-
-def _not_an_object(file: Path) -> str:
-    """What is wrong with a file that has to be a JSON object; nothing where it is one."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        return f"is not valid JSON: {error}"
-    return "" if isinstance(content, dict) else "is not a JSON object"
 
 
 @functools.lru_cache(maxsize=1)
